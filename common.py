@@ -1,0 +1,1032 @@
+"""What the scripts share, in the order in which a run uses it.
+
+options, distributed, video, demo videos, augmentation, backbones, optimizer, checkpoint, loop
+
+Letters in shapes: B videos on this rank, W ranks, rho clips of a video, V = max(2, rho) views,
+T frames, H x W pixels, D feature width. Clips are (B, V, 3, T, H, W), features (B, V, D): the view
+is always axis 1. Sources such as RH:259 are lines of the released code; see the README.
+"""
+
+import argparse
+import contextlib
+import fcntl
+import glob
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from collections import OrderedDict
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from av.video.reformatter import VideoReformatter
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+# --- options
+
+
+class _Flags:  # name = paper, demo  # meaning, as in a recipe; only the seed moves a result
+    data = "", ""  # folder of videos, or text list of path or path<TAB>label lines; none: the demo
+    out = "", ""  # folder of log.jsonl, last.pth, backbone.pth; none: out/<method>-<data>-rho<N>
+    small = False, False  # the demo's settings on your own --data
+    seed = 0, 0  # of weights, order of the videos, clips, augmentation; 0 = the usual one
+    max_steps = 0, 0  # stop after this many steps in all, the schedule unchanged; 0 = never
+    log_every = 10, 10  # steps from one line of the log to the next
+    workers = None, None  # decoding processes of a rank, 0 = none; None = its cores, at most 16
+    low_memory = False, False  # re-compute activations in backward: memory of one clip at any rho
+    compile = False, False  # torch.compile the networks
+    show_views = "", ""  # PNG file: write what the model will see, a row for each view, and stop
+    check_data = False, False  # open every video once, name the bad, list the others, and stop
+
+
+def start(recipe, argv=None):
+    """Read the options, find or make the data, join the other processes, and say all that.
+
+    recipe: a class of lines `name = paper value, demo value  # meaning`. Each is a flag, its comment
+    the help; a number must be positive unless the comment says what 0 is. Returns the arguments
+    (with `method`, `views`, `data_hash`) and the Videos.
+    """
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # nothing to save before the first step
+    args = _parse(recipe, argv)
+    if args.warmup_epochs is None:
+        args.warmup_epochs = 35 / 200 * args.epochs
+    args.method, args.views = Path(inspect.getfile(recipe)).stem, max(2, args.rho)
+    name = Path(args.data).resolve().stem if args.data else "demo"
+    args.out = args.out or f"out/{args.method}-{name}-rho{args.rho}"
+    videos = Videos(args.data or demo_videos("data/demo") / "train")
+    args.data_hash = videos.hash
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    args.workers = min(16, max(1, cores)) if args.workers is None else int(args.workers)
+    if args.check_data:
+        _check_data(args, videos)
+    _check(args, len(videos))
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = True
+    if device().type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device().type == "cuda" else "gloo")
+    versions = [f"{m.__name__} {m.__version__}" for m in (torch, torchvision, av, np)]
+    where = torch.cuda.get_device_name() if device().type == "cuda" else "CPU"
+    say(f"{', '.join(versions)}; {world_size()} x {where}, {args.workers} workers each")
+    say("options: " + ", ".join(f"{k} {v}" for k, v in vars(args).items() if v not in ("", None)))
+    say(f"data: {len(videos)} videos, {videos.root}")
+    return args, videos
+
+
+def _parse(recipe, argv):
+    doc, form = inspect.getmodule(recipe).__doc__, argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
+    parser.error = fail
+    meaning = {}
+    for lines in (recipe, _Flags):
+        words = re.findall(r"^    (\w+) = .*?  # (.+)$", inspect.getsource(lines), re.MULTILINE)
+        meaning |= {name: (text, *vars(lines)[name]) for name, text in words}
+    for name, (text, paper, demo) in meaning.items():
+        kind = float if paper is None else type(paper)
+        how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": "X"}
+        if kind is tuple:
+            how = {"type": type(paper[0]), "nargs": "+", "metavar": "X"}
+        text += f" [{paper}; {demo}]" if paper != demo else f" [{paper}]" if paper else ""
+        parser.add_argument(
+            "--" + name.replace("_", "-"), default=None, help=text.replace("%", "%%"), **how
+        )
+    args = parser.parse_args(argv)
+    for name, (text, paper, demo) in meaning.items():
+        if getattr(args, name) is None:
+            setattr(args, name, demo if args.small or not args.data else paper)
+        value, zero = getattr(args, name), "0 = " in text
+        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero):
+            fail(
+                f"--{name.replace('_', '-')} must be {'0 or more' if zero else 'above 0'}: {value}"
+            )
+    return args
+
+
+def _check(args, n):
+    """Refuse settings that cannot work before anything long starts; n: number of videos."""
+    ranks, batch = world_size(), args.batch_size
+    near = max(2, round(batch / ranks)) * ranks
+    for wrong, words in [
+        (args.backbone not in _BACKBONES, f"backbone {args.backbone}: one of {[*_BACKBONES]}"),
+        (args.optimizer not in _OPTIMIZERS, f"optimizer {args.optimizer}: one of {_OPTIMIZERS}"),
+        (args.batch_norm not in ("sync", "plain"), f"batch-norm {args.batch_norm}: sync or plain"),
+        (args.warmup_epochs > args.epochs, f"warmup-epochs: at most --epochs {args.epochs}"),
+        (batch % ranks, f"batch-size {batch} does not divide by {ranks} processes; try {near}"),
+        (batch < 2 * ranks, f"batch-size {batch}: each of {ranks} processes needs 2 videos for BN"),
+        (batch > n, f"batch-size {batch}: there are only {n} videos"),
+    ]:
+        if wrong:
+            fail(f"--{words}")
+    _operators(args)
+
+
+def fail(message, code=2):
+    """End with one line on stderr. Rank 0 speaks; another rank only if rank 0 has not failed."""
+    if rank() > 0:
+        time.sleep(5)  # by then torchrun has ended this process if rank 0 failed too
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def say(message):
+    """Print on rank 0, above the progress bar."""
+    if rank() == 0:
+        tqdm.write(message)
+        sys.stdout.flush()
+
+
+# --- distributed
+
+
+def rank():
+    """This process's number among all; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    """How many processes train together; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def device():
+    """This process's GPU (the current one), or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)  # each rank has the whole loss: the sum is W times its gradient
+        return grad.chunk(world_size())[rank()]
+
+
+def gather(x):
+    """(B, ...) of each rank -> (W * B, ...) on every rank, rank-major.
+
+    The gradient is exact: after DDP's mean over ranks it is that of the loss on the joint batch.
+    """
+    return _Gather.apply(x.contiguous()) if world_size() > 1 else x
+
+
+def distribute(model, args):
+    """Move a model to this process's device; returns what to call for the forward pass (DDP).
+
+    BN is over all ranks if args.batch_norm is "sync", on CUDA (there is no SyncBN on a CPU).
+    """
+    model.to(device(), memory_format=torch.channels_last_3d)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    own = sum(p.numel() for p in model.encoder.backbone.parameters())
+    say(f"model: {args.backbone}, {own:,} parameters; with its heads {trained:,} are trained")
+    if world_size() > 1 and args.batch_norm == "sync" and device().type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if args.compile:
+        model.compile()
+    if world_size() == 1:
+        return model
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+
+
+# --- video
+
+_SUFFIXES = set(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .flv .wmv .3gp .ogv".split())
+_FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,m4v,ivf,obu,mxf,nut,dv,wtv"
+
+
+class Videos:
+    """The videos of a folder (at any depth; the folder they lie in is the class) or of a text list.
+
+    Nothing is opened. The paths are one array of bytes: a million Python strings would be copied
+    into each worker, page by page, as their reference counts change. labels: (n,), -1 for none;
+    classes: their names; hash: of paths and labels.
+    """
+
+    def __init__(self, source):
+        rows = list(_rows(Path(source)))
+        if not rows:
+            fail(f"no videos in {source} (looked for {' '.join(sorted(_SUFFIXES))})")
+        self.root = str(source if Path(source).is_dir() else Path(source).parent)
+        names = [os.fsencode(name) for name, _ in rows]
+        self._ends = np.cumsum([len(name) for name in names])
+        self._bytes = np.frombuffer(b"".join(names), dtype=np.uint8)
+        self.classes = sorted({label for _, label in rows} - {""})
+        number = {label: i for i, label in enumerate(["", *self.classes], start=-1)}
+        self.labels = np.array([number[label] for _, label in rows])
+        self.hash = hashlib.sha256(self._bytes.tobytes() + self.labels.tobytes()).hexdigest()[:16]
+
+    def __len__(self):
+        return len(self._ends)
+
+    def __getitem__(self, i):
+        begin = self._ends[i - 1] if i else 0
+        return os.path.join(self.root, os.fsdecode(self._bytes[begin : self._ends[i]].tobytes()))
+
+
+def _rows(source):
+    """(path relative to the folder or the list, label) of each video; # starts a comment line."""
+    if source.is_dir():
+        found = glob.iglob("**/*", root_dir=source, recursive=True)
+        names = sorted(name for name in found if Path(name).suffix.lower() in _SUFFIXES)
+        yield from ((name, os.path.dirname(name)) for name in names)
+    elif not source.is_file() or source.suffix.lower() in _SUFFIXES:
+        fail(f"--data {source}: no such folder of videos or text list of their paths")
+    else:
+        for line in source.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n"):
+            if line.startswith("label,youtube_id"):
+                fail(f"{source} is a Kinetics annotation; a line must be PATH or PATH<TAB>LABEL")
+            name, _, label = line.partition("\t")
+            if name.strip() and not name.startswith("#"):
+                yield name.strip(), label.strip()
+
+
+def _open(path):
+    """One local media file: no network, no playlist that names other files."""
+    options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+    return av.open(f"file:{path}", options=options)
+
+
+def read_clips(path, starts, frames, stride, size=None):
+    """Decode clips of one video, in the order of `starts`, with one open and one thread.
+
+    starts: seconds from the first frame, or a function that makes them from the duration.
+    Frame i of a clip is the one on display at start + i * stride / 30 seconds: the last whose time
+    stamp is at most 1 ms later; past the end the last frame repeats. size: the short side in
+    pixels. Returns (clips, T, H, W, 3) uint8 RGB. Raises ValueError if the file cannot be read.
+    """
+    try:
+        with _open(path) as container:
+            stream = container.streams.best("video")
+            if stream is None:
+                raise ValueError("no video stream")
+            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+            if callable(starts):
+                starts = starts(_duration(path, container, stream))
+            times = np.add.outer(np.asarray(starts, float), np.arange(frames) * stride / 30)
+            pictures = _frames_at(container, stream, times.ravel(), size)
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
+    return pictures.reshape(*times.shape, *pictures.shape[1:])
+
+
+def _duration(path, container, stream):
+    """Seconds; from the header if it says, else from all packets."""
+    if stream.duration:
+        return float(stream.duration * stream.time_base)
+    if container.duration:
+        return container.duration / av.time_base
+    with _open(path) as scan:
+        packets = [p for p in scan.demux(scan.streams.best("video")) if p.size]
+    times = [p.pts for p in packets if p.pts is not None]
+    if not times:  # a raw stream has no time stamps
+        return len(packets) / float(stream.average_rate or 30)
+    return float((max(times) - min(times)) * stream.time_base)
+
+
+def _decode(container, stream):
+    """(seconds, frame) from here on. A packet that cannot be decoded is passed over."""
+    packets, count = container.demux(stream), 0
+    while True:
+        try:
+            packet = next(packets, None)
+            decoded = packet.decode() if packet else []
+        except av.error.InvalidDataError:
+            continue
+        if packet is None:
+            return
+        for frame in decoded:
+            yield count / (stream.average_rate or 30) if frame.pts is None else frame.time, frame
+            count += 1
+
+
+def _frames_at(container, stream, times, size):
+    """(len(times), H, W, 3): for each time, in seconds from the first frame, what is on display."""
+    decoder = _decode(container, stream)
+    coming = next(decoder, None)
+    if coming is None:
+        raise ValueError("no frame can be decoded")
+    zero, first = coming
+    scale = size / min(first.height, first.width) if size else 1
+    longest = 16 * size if size else max(first.height, first.width)  # 4096 x 2 is not to grow
+    height, width = (min(max(1, round(s * scale)), longest) for s in (first.height, first.width))
+    pictures = np.empty((len(times), height, width, 3), dtype=np.uint8)
+    reformatter, picture = VideoReformatter(), None
+    for k in np.argsort(times, kind="stable"):
+        limit = zero + max(times[k], 0.0) + 1e-3
+        if coming and coming[0] <= limit and _worth_seeking(stream, coming, limit):
+            decoder, coming = _seek(container, stream, limit, zero)
+        while coming and coming[0] <= limit:
+            shown, coming, picture = coming[1], next(decoder, None), None
+        if picture is None:  # converted and scaled in one go
+            picture = reformatter.reformat(shown, width, height, "rgb24").to_ndarray()
+        pictures[k] = picture
+    turns = first.rotation / 90 if abs(first.rotation) <= 360 else 0  # else the matrix is damaged
+    return np.rot90(pictures, round(turns), axes=(1, 2))
+
+
+def _worth_seeking(stream, coming, target):
+    """Whether a key frame lies between the coming frame and a time, or is likely to."""
+    if coming[1].pts is None:
+        return False
+    here, target, index = coming[1].pts, round(target / stream.time_base), stream.index_entries
+    if len(index):
+        i = index.search_timestamp(target)
+        if i >= 0 and index[i].timestamp > here:
+            return True
+        here = max(here, index[len(index) - 1].timestamp)
+    return (target - here) * stream.time_base > 2  # the index, if any, ends before the target
+
+
+def _seek(container, stream, target, zero):
+    """Go on from a key frame at or before a time: (decoder, its first frame)."""
+    for back in (0, 2, 20, target - zero):  # an index in decoding order may lead too far
+        place = max(target - back, zero)
+        container.seek(math.floor(place / stream.time_base), stream=stream)
+        decoder = _decode(container, stream)
+        coming = next(decoder, None)
+        if coming and coming[0] <= target:
+            return decoder, coming
+    raise ValueError(f"cannot seek to {target - zero:.3f} s")
+
+
+# --- demo videos
+
+_COATS = {  # patterns of about -1 to 1 in the acrobat's own coordinates
+    "solid": lambda u, v, f: np.ones_like(u),
+    "stripes": lambda u, v, f: np.sin(2 * np.pi * f * u),
+    "dots": lambda u, v, f: 1.6 * (np.cos(2 * np.pi * f * u) + np.cos(2 * np.pi * f * v)) - 1,
+    "checks": lambda u, v, f: 2.5 * np.sin(1.2 * np.pi * f * u) * np.sin(1.2 * np.pi * f * v),
+}
+_TRICKS = ["spin", "bounce", "swing", "pulse"]
+
+
+def demo_videos(folder, seed=0, scenes=4, train=400, val=200):
+    """Make the demo's mp4 files, <folder>/{train,val}/<coat>-<trick>/NNNN.mp4, unless they exist.
+
+    An acrobat in a coat does a trick for 4 s (60 frames, 64 x 64) while backdrop, colours and light
+    change `scenes` - 1 times. Coat and trick are the class, and last; what changes is the nuisance
+    that clips from different times do not share. Identical for a seed. Returns the folder.
+    """
+    folder = Path(folder)
+    while int(os.environ.get("LOCAL_RANK", 0)) > 0 and not folder.exists():
+        time.sleep(0.2)  # if the process that makes them dies, torchrun ends this one
+    if folder.exists():
+        return folder
+    say(f"making {train + val} demo videos in {folder}, once")
+    building = folder.with_name(f".{folder.name}-{os.uname().nodename}-{os.getpid()}")
+    jobs = [(building / "train", i, (seed, 0, i), scenes) for i in range(train)]
+    jobs += [(building / "val", i, (seed, 1, i), scenes) for i in range(val)]
+    try:
+        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), initializer=_quiet) as pool:
+            work = pool.map(_write_acrobat, jobs, chunksize=8)
+            list(tqdm(work, total=len(jobs), disable=not sys.stderr.isatty()))
+        if not folder.exists():  # another machine on the same disk may have been faster
+            building.rename(folder)
+    except OSError as error:
+        fail(f"cannot make the demo videos in {folder}: {error}")
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def _write_acrobat(job):
+    folder, i, seed, scenes = job
+    coat, trick = [*_COATS][i % 4], _TRICKS[i // 4 % 4]
+    path = folder / f"{coat}-{trick}" / f"{i:04d}.mp4"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        options = {"crf": "20", "preset": "veryfast", "threads": "1", "g": "12", "bf": "0"}
+        stream = container.add_stream("libx264", rate=15, options=options)
+        stream.width = stream.height = 64
+        for picture in _acrobat(coat, trick, scenes, np.random.default_rng(seed)):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _acrobat(coat, trick, scenes, rng, frames=60, side=64):
+    """One demo video, (frames, side, side, 3) uint8."""
+    t = np.arange(frames)[:, None, None]
+    y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j][:, None]  # (1, side, side) each
+    wave = 2 * np.pi * t / rng.uniform(10, 14) + rng.uniform(0, 2 * np.pi)
+    spin, bounce, swing, pulse = (float(trick == name) for name in _TRICKS)
+    angle = rng.uniform(-0.3, 0.3) + spin * wave
+    size = 0.6 * rng.uniform(0.85, 1.15) * (1 + 0.35 * pulse * np.sin(wave))
+    dx = x - rng.uniform(-0.15, 0.15) - 0.5 * swing * np.sin(wave)
+    dy = y - rng.uniform(-0.15, 0.15) + bounce * (0.8 * np.abs(np.sin(wave / 2)) - 0.4)
+    u = (np.cos(angle) * dx + np.sin(angle) * dy) / size  # (frames, side, side): on the acrobat
+    v = (np.cos(angle) * dy - np.sin(angle) * dx) / size
+    radius, corners = 1.0, rng.choice([0, 3, 4])  # disc, triangle, square
+    if corners:
+        part, theta = 2 * np.pi / corners, np.arctan2(v, u)
+        radius = 1.15 * np.cos(part / 2) / np.cos(theta % part - part / 2)
+    edge = (radius - np.hypot(u, v)) * size * side / 2  # pixels to the rim, positive inside
+    eye = np.clip((0.17 - np.hypot(u - 0.4, v + 0.2)) * size * side / 2 + 0.5, 0, 1)[..., None]
+    shade = 0.25 + 0.75 * np.clip(0.5 + 1.2 * _COATS[coat](u, v, rng.uniform(1.2, 1.6)), 0, 1)
+    shade = (shade * np.clip(edge - 0.7, 0, 1))[..., None]  # a dark outline
+    inside = np.clip(edge + 0.5, 0, 1)[..., None]
+    # what changes: backdrop, colours and light, new in every scene
+    cuts = frames * (np.arange(1, scenes) + rng.uniform(-0.2, 0.2, scenes - 1)) / scenes
+    scene = (t > cuts).sum(-1)[:, 0]  # (frames,)
+    low, high, own = rng.uniform(0.1, 0.9, (3, scenes, 1, 1, 3))[:, scene]  # (frames, 1, 1, 3)
+    pace, phase, way = rng.uniform(0, 1, (3, scenes, 1, 1))[:, scene]  # of a wave in the backdrop
+    along = np.cos(2 * np.pi * way) * x + np.sin(2 * np.pi * way) * y
+    mix = np.sin((0.8 + 2.7 * pace) * along + 2 * np.pi * phase + 0.05 * t)[..., None] / 2 + 0.5
+    light = rng.uniform(0.65, 1.3, (scenes, 1, 1, 1))[scene]
+    body = shade * own / own.max(-1, keepdims=True) * (1 - eye) + eye
+    picture = light * (inside * body + (1 - inside) * (low + mix * (high - low)))
+    return (np.clip(picture + rng.normal(0, 0.02, picture.shape), 0, 1) * 255).astype(np.uint8)
+
+
+# --- augmentation
+
+_MEAN, _STD = 0.45, 0.225  # of every channel (DEF:687)
+
+
+def _operators(args):
+    """What a worker does (crop, resize) and what the device does; strengths of TRF:1073.
+
+    Each draws once for all frames of a clip.
+    """
+    names = set(args.augment.split(",")) - {"none"}
+    table = {
+        "flip": v2.RandomHorizontalFlip(0.5),
+        "jitter": v2.RandomApply([v2.ColorJitter(0.6, 0.6, 0.6, 0.15)], p=0.8),
+        "gray": v2.RandomGrayscale(0.2),
+        "blur": v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=0.5),  # 13: 3 sigma each side
+    }
+    if unknown := names - {"crop", *table}:
+        fail(f"--augment {min(unknown)} is none of crop, {', '.join(table)}, none")
+    crop = v2.Compose([v2.Resize(args.size), v2.CenterCrop(args.size)])
+    if "crop" in names:
+        crop = v2.RandomResizedCrop(args.size, scale=args.crop_area, ratio=(3 / 4, 4 / 3))
+    return crop, [operator for name, operator in table.items() if name in names]
+
+
+class _Clips(Dataset):
+    """The cropped views of a video. All randomness comes from (seed, epoch, index) alone."""
+
+    def __init__(self, args, videos, sample_clips):
+        self.args, self.videos, self.sample_clips = args, videos, sample_clips
+        self.crop, _ = _operators(args)
+
+    def __getitem__(self, key):
+        """(epoch, index) -> views (V, T, 3, H, W) uint8, seeds (V,), starts (V,), index, bad."""
+        args, bad, starts = self.args, [], []
+        for attempt in range(20):  # a bad video is replaced, by the same one for the same seed
+            rng = np.random.default_rng((args.seed, *key, attempt))
+            index = key[1] if attempt == 0 else int(rng.integers(len(self.videos)))
+
+            def choose(duration, rng=rng):
+                span = args.frames * args.stride / 30
+                starts[:] = self.sample_clips(duration, span, args.rho, args.timespan, rng)
+                return starts
+
+            try:  # 224 pixels are cropped out of 256
+                size = round(args.size * 256 / 224)
+                clips = read_clips(self.videos[index], choose, args.frames, args.stride, size)
+            except ValueError as error:
+                bad.append(str(error))
+                continue
+            clips = torch.from_numpy(clips.copy()).permute(0, 1, 4, 2, 3)  # (rho, T, 3, H, W)
+            clips = clips.expand(args.views, *clips.shape[1:])  # rho = 1: one clip, cropped twice
+            seeds = torch.from_numpy(rng.integers(2**62, size=(2, args.views)))
+            with torch.random.fork_rng(devices=[]):
+                views = [
+                    _draw([self.crop], clip, s) for clip, s in zip(clips, seeds[0], strict=True)
+                ]
+            return torch.stack(views), seeds[1], torch.tensor(starts).expand(args.views), index, bad
+        return None, None, None, None, bad
+
+
+def _draw(operators, clip, seed):
+    torch.manual_seed(int(seed))  # transforms.v2 draws from the global generator
+    for operator in operators:
+        clip = operator(clip)
+    return clip
+
+
+def _collate(items):
+    """Stack the items but the lists of bad videos, which are joined; all None if one has failed."""
+    *rest, bad = zip(*items, strict=True)
+    failed = any(index is None for index in rest[-1])
+    return *(None if failed else default_collate(column) for column in rest), sum(bad, [])
+
+
+def _augment(views, seeds, operators):
+    """(B, V, T, 3, H, W) uint8 -> (B, V, 3, T, H, W) float32, normalised, on the same device."""
+    views = v2.functional.to_dtype(views, torch.float32, scale=True)
+    with torch.random.fork_rng(devices=[]):
+        for b, v in np.ndindex(*seeds.shape):
+            views[b, v] = _draw(operators, views[b, v], seeds[b, v])
+    return ((views - _MEAN) / _STD).transpose(2, 3)
+
+
+def _show_views(args, views, seeds, starts):
+    """Write a picture of up to 4 videos: a row for each view, a column for each frame."""
+    clips = _augment(views[:4], seeds[:4], _operators(args)[1]) * _STD + _MEAN
+    pictures = (clips.transpose(2, 3).clamp(0, 1) * 255).to(torch.uint8).flatten(0, 2)
+    pictures = F.interpolate(pictures, scale_factor=math.ceil(96 / args.size))
+    times = starts[:4].flatten()[:, None] + torch.arange(args.frames) * args.stride / 30
+    corner, mark = torch.tensor([[0, 0, 1, 1]]), torchvision.utils.draw_bounding_boxes
+    pairs = zip(pictures, times.flatten(), strict=True)
+    marked = [mark(picture, corner, [f"{seconds:.2f} s"]) / 255 for picture, seconds in pairs]
+    grid = torchvision.utils.make_grid(marked, nrow=args.frames)
+    try:
+        torchvision.utils.save_image(grid, args.show_views, format="png")
+    except OSError as error:
+        fail(f"--show-views {args.show_views}: {error.strerror}")
+    say(f"wrote {args.show_views}: {len(views[:4])} videos, {args.views} views each")
+
+
+def _check_data(args, videos):
+    """Read the ends of every video, name those that cannot be read, list the others, and stop."""
+    labels, clean = ["", *videos.classes], Path(args.out, "clean.txt")
+    clean.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        ProcessPoolExecutor(args.workers or 1, initializer=_quiet) as pool,
+        open(clean, "w") as file,
+    ):
+        problems = tqdm(pool.map(_problem, videos), total=len(videos), disable=None)
+        for path, label, problem in zip(videos, videos.labels, problems, strict=True):
+            if problem:
+                say(f"bad: {problem}")
+            else:
+                file.write(f"{os.path.abspath(path)}\t{labels[label + 1]}".rstrip("\t") + "\n")
+    say(f"the videos that can be read are listed in {clean}")
+    sys.exit(0)
+
+
+def _problem(path):
+    try:
+        read_clips(path, lambda duration: [0.0, duration], frames=1, stride=1)
+    except ValueError as error:
+        return str(error)
+
+
+def _quiet(_=None):
+    """For a worker process: signals are the main process's affair, FFmpeg keeps silent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    av.logging.set_level(None)
+
+
+# --- backbones
+
+
+class _Backbone(nn.Sequential):
+    """Named stages in a row: features(x) is the last map; calling it adds the global average.
+
+    (B, 3, T, H, W) of any size -> (B, feature_dim) float32.
+    """
+
+    def __init__(self, feature_dim, stages):
+        super().__init__(OrderedDict(stages))
+        self.feature_dim = feature_dim
+
+    def features(self, x):
+        return super().forward(x)
+
+    def forward(self, x):
+        return self.features(x).mean(dim=(2, 3, 4), dtype=torch.float32)
+
+
+def _conv(inputs, outputs, kernel, stride=(1, 1, 1)):
+    """A convolution that keeps the size but for its stride; init of INIT:116."""
+    conv = nn.Conv3d(inputs, outputs, kernel, stride, [k // 2 for k in kernel], bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv
+
+
+class _Bottleneck(nn.Module):
+    """Kernels 1x1x1 or 3x1x1, 1x3x3, 1x1x1, and a shortcut; the released code's names (RH:259)."""
+
+    def __init__(self, inputs, width, time_kernel, stride):
+        super().__init__()
+        bn, relu, outputs = nn.BatchNorm3d, nn.ReLU(inplace=True), 4 * width
+        self.branch1 = None
+        if inputs != outputs:
+            self.branch1 = _conv(inputs, outputs, (1, 1, 1), (1, stride, stride))
+            self.branch1_bn = bn(outputs)
+        a = _conv(inputs, width, (time_kernel, 1, 1))
+        b = _conv(width, width, (1, 3, 3), (1, stride, stride))
+        c = _conv(width, outputs, (1, 1, 1))
+        layers = dict(a=a, a_bn=bn(width), a_relu=relu, b=b, b_bn=bn(width), b_relu=relu)
+        self.branch2 = nn.Sequential(OrderedDict(**layers, c=c, c_bn=bn(outputs)))
+
+    def forward(self, x):
+        shortcut = x if self.branch1 is None else self.branch1_bn(self.branch1(x))
+        return F.relu(shortcut + self.branch2(x), inplace=True)
+
+
+def _slow_r50():
+    """The Slow pathway of SlowFast on ResNet-50: no stride in time, 3x1x1 in the last two stages."""
+    conv, pool = _conv(3, 64, (1, 7, 7), (1, 2, 2)), nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
+    stem = OrderedDict(conv=conv, bn=nn.BatchNorm3d(64), relu=nn.ReLU(inplace=True), pool=pool)
+    stages = {"s1": nn.Sequential(OrderedDict(pathway0_stem=nn.Sequential(stem)))}
+    inputs, plan = 64, {"s2": (3, 64, 1), "s3": (4, 128, 1), "s4": (6, 256, 3), "s5": (3, 512, 3)}
+    for name, (blocks, width, time_kernel) in plan.items():
+        stage = OrderedDict()
+        for i in range(blocks):
+            stride = 2 if i == 0 and name != "s2" else 1
+            stage[f"pathway0_res{i}"] = _Bottleneck(inputs, width, time_kernel, stride)
+            inputs = 4 * width
+        stages[name] = nn.Sequential(stage)
+    return _Backbone(inputs, stages)
+
+
+def _tiny():
+    """The demo's: five convolutions, 0.2 M parameters; time, height and width shrink together."""
+    stages, inputs = {}, 3
+    plan = [(16, 5, (1, 2, 2)), (32, 3, (2, 2, 2)), (32, 3, (1, 1, 1)), (64, 3, (2, 2, 2))]
+    for i, (width, k, stride) in enumerate([*plan, (64, 3, (1, 1, 1))]):
+        conv = _conv(inputs, width, (3, k, k), stride)
+        stages[f"stage{i}"] = nn.Sequential(conv, nn.BatchNorm3d(width), nn.ReLU(inplace=True))
+        inputs = width
+    return _Backbone(inputs, stages)
+
+
+_BACKBONES = {"slow_r50": _slow_r50, "tiny": _tiny}
+
+
+def backbone(name):
+    """A new network with `.feature_dim`, `.features(x)`; (B, 3, T, H, W) -> (B, feature_dim)."""
+    return _BACKBONES[name]()
+
+
+def mlp(widths, batch_norm):
+    """Linear layers with ReLU between, (N, widths[0]) -> (N, widths[-1]); HEAD:147.
+
+    With batch_norm the hidden layers have BN and no bias; the last has a bias and no BN.
+    """
+    layers = []
+    for i, (inputs, outputs) in enumerate(pairwise(widths), start=2):
+        hidden = i < len(widths)
+        linear = nn.Linear(inputs, outputs, bias=not (batch_norm and hidden))
+        nn.init.kaiming_uniform_(linear.weight, a=1)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+        layers += [linear, *[nn.BatchNorm1d(outputs)][: batch_norm and hidden]]
+        layers += [nn.ReLU(inplace=True)][:hidden]
+    return nn.Sequential(*layers)
+
+
+def per_view(network, clips, low_memory=False):
+    """Run a network on one view after the other: (B, V, 3, T, H, W) -> (B, V, D) float32.
+
+    So BN sees the B clips of one view. With low_memory only the inputs are kept for backward.
+    """
+    run = network
+    if low_memory and torch.is_grad_enabled():
+        again = {"context_fn": lambda: (contextlib.nullcontext(), _uncounted(network))}
+        run = partial(checkpoint, network, use_reentrant=False, **again)
+    views = [view.contiguous(memory_format=torch.channels_last_3d) for view in clips.unbind(1)]
+    return torch.stack([run(view).float() for view in views], dim=1)
+
+
+@contextlib.contextmanager
+def _uncounted(network):
+    """While activations are computed again: BN must not count the same batch twice."""
+    norms = [(m, m.momentum, m.num_batches_tracked.clone()) for m in _norms(network)]
+    for norm, _, _ in norms:
+        norm.momentum = 0.0
+    yield
+    for norm, momentum, count in norms:
+        norm.momentum = momentum
+        norm.num_batches_tracked.copy_(count)
+
+
+def _norms(network):
+    return [m for m in network.modules() if isinstance(m, _BatchNorm)]
+
+
+# --- optimizer
+
+_OPTIMIZERS = ["lars", "sgd", "adamw"]
+
+
+class LARS(torch.optim.Optimizer):
+    """SGD with Nesterov momentum, each weight's step scaled to the weight's norm (OPT:262).
+
+    A tensor of two or more dimensions: g <- (g + wd w) trust |w| / (|g| + wd |w| + 1e-8), if both
+    norms are not 0. Biases and BN: the plain gradient, no weight decay.
+    """
+
+    def __init__(self, params, lr, momentum, weight_decay, trust_coefficient=0.001):
+        defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
+        super().__init__(params, dict(**defaults, trust_coefficient=trust_coefficient))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            decay, momentum = group["weight_decay"], group["momentum"]
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                g = w.grad
+                if w.ndim > 1:
+                    w_norm, g_norm = w.norm(), g.norm()
+                    scale = group["trust_coefficient"] * w_norm / (g_norm + decay * w_norm + 1e-8)
+                    g = torch.where((w_norm > 0) & (g_norm > 0), (g + decay * w) * scale, g)
+                buffer = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
+                buffer.mul_(momentum).add_(g)
+                w.add_(g + momentum * buffer, alpha=-group["lr"])
+
+
+def make_optimizer(model, args):
+    """lars, sgd (Nesterov, momentum 0.9) or adamw; no weight decay for BN (OPT:41)."""
+    plain = {p for norm in _norms(model) for p in norm.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p not in plain]}]
+    groups += [{"params": [p for p in trained if p in plain], "weight_decay": 0.0}]
+    if args.optimizer == "lars":
+        return LARS(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=args.weight_decay)
+    how = dict(momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
+    return torch.optim.SGD(groups, lr=0.0, **how)
+
+
+def learning_rate(args, epoch):
+    """At a fractional epoch: half a cosine over the run, a linear warm-up to meet it (LRP:9)."""
+    peak = args.lr * args.batch_size * args.views / 128
+    high = peak * 0.5 * (1 + math.cos(math.pi * max(epoch, args.warmup_epochs) / args.epochs))
+    if epoch >= args.warmup_epochs:
+        return high
+    return high * (0.001 + 0.999 * epoch / args.warmup_epochs)
+
+
+# --- checkpoint
+
+
+def _save(path, content):
+    """Atomic: whoever reads, or a kill at any moment, finds the old file or the new one."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's writer
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {error}; the last good one is as it was", code=1)
+
+
+def _load(path):
+    """What a file holds, on the CPU; never runs code from it."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has no common class for what a damaged file raises
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        fail(f"cannot read {path}: {reason}; move it away, or choose another --out")
+
+
+# --- loop
+
+
+class _Run:
+    """A training run as a script sees it, one step after the other.
+
+    clips: (B, V, 3, T, H, W) float32; epoch: fractional, before this step; progress: the share of
+    the run that is over after this step, 1 at the last.
+    """
+
+    def __init__(self, args, videos, model, optimizer, chance):
+        self.args, self.videos, self.chance = args, videos, chance
+        self.model, self.optimizer = model, optimizer
+        self.steps_per_epoch = len(videos) // args.batch_size
+        self.total = args.epochs * self.steps_per_epoch
+        self.last = min(self.total, args.max_steps or self.total)
+        self.number = 0  # of steps done
+        self.skipped = self.in_a_row = 0  # steps that were not finite
+        self.bad = []  # reasons of the videos that could not be read
+        self.losses = []  # since the last line of the log
+        self.lines, self.warned = [], set()  # (loss, feature std, wait) of each line; warnings said
+        self.waited, self.since, self.saved = 0.0, time.monotonic(), time.monotonic()
+        self.stop = False
+        self.operators = _operators(args)[1]
+        self.statistics = [b for norm in _norms(model) for b in norm.buffers()]
+        self.before = [b.clone() for b in self.statistics]
+
+    def autocast(self):
+        """bfloat16 on CUDA, float32 on a CPU (where bfloat16 is slow)."""
+        return torch.autocast(device().type, torch.bfloat16, enabled=device().type == "cuda")
+
+    def begin(self, views, seeds, _, indices, bad):
+        for reason in bad:
+            if reason not in self.bad:
+                print(f"WARN bad video, another is taken: {reason}", file=sys.stderr, flush=True)
+                self.bad.append(reason)
+        if indices is None or len(bad) > max(10, len(indices)):
+            fail(f"most videos cannot be read; the first: {self.bad[0]}")
+        self.indices = indices
+        self.clips = _augment(views.to(device(), non_blocking=True), seeds, self.operators)
+        self.epoch = self.number / self.steps_per_epoch
+        self.progress = (self.number + 1) / self.total
+        self.lr = learning_rate(self.args, self.epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr
+        torch._foreach_copy_(self.before, self.statistics)
+
+    def update(self, loss, features, **more):
+        """The optimizer's step, if loss and gradients are finite on all ranks; else gradients and BN
+        statistics are put back. features: (B, V, D) and more (numbers) are for the log. Returns
+        whether the step was taken.
+        """
+        weights = [w for group in self.optimizer.param_groups for w in group["params"]]
+        norm = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+        loss = loss.detach()
+        unfit = (~torch.isfinite(norm + loss)).float()
+        report = torch.stack([unfit, torch.full_like(loss, self.stop), loss / world_size()])
+        if world_size() > 1:
+            dist.all_reduce(report)
+        unfit, stop, loss = report.tolist()  # the one time that a step waits for the GPU
+        self.stop = stop > 0  # on all ranks after the same step
+        self.features, self.more = features.detach(), more
+        if unfit:
+            torch._foreach_copy_(self.statistics, self.before)
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            names = ", ".join(self.videos[int(i)] for i in self.indices[:3])
+            say(f"WARN step {self.number + 1} is not finite, all is put back; it had {names} ...")
+            if self.in_a_row == 10:
+                fail(f"10 such steps in a row; {self.args.out}/last.pth is from before", code=1)
+        else:
+            self.losses, self.in_a_row = [*self.losses, loss], 0
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return not unfit
+
+    def end(self):
+        self.number += 1
+        if self.number % self.args.log_every == 0 or self.number == self.total:
+            self.log()
+        whole = self.number % self.steps_per_epoch == 0
+        if whole or self.stop or self.number == self.last or time.monotonic() - self.saved > 600:
+            self.save()
+        if self.number == self.last and self.losses:
+            self.log()  # part of an interval; a resume cuts it off, and writes the whole one
+
+    def log(self):
+        """A line of JSON, the same on the screen, and a warning if a number looks wrong."""
+        unit = F.normalize(self.features.float(), dim=-1).flatten(0, 1)  # (B * V, D)
+        spread = unit.std(dim=0).mean().item() * unit.shape[1] ** 0.5
+        seconds, steps = time.monotonic() - self.since, max(1, len(self.losses))
+        entry = {
+            "step": self.number,
+            "epoch": self.number / self.steps_per_epoch,
+            "loss": sum(self.losses) / steps,
+            "chance": self.chance,
+            "lr": self.lr,
+            "feature_std": spread,
+            **self.more,
+            "bad_videos": len(self.bad),
+            "skipped_steps": self.skipped,
+            "videos_per_second": steps * self.args.batch_size / seconds,
+            "data_wait": min(1.0, self.waited / seconds),
+        }
+        entry = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in entry.items()}
+        if rank() == 0:
+            self.file.write(json.dumps(entry).encode() + b"\n")
+            self.file.flush()
+        say(json.dumps(entry))
+        self.lines.append((entry["loss"] / self.chance, spread, entry["data_wait"]))
+        self.losses, self.waited, self.since = [], 0.0, time.monotonic()
+        self.warn(*zip(*self.lines[-10:], strict=True))
+
+    def warn(self, losses, spreads, waits):
+        trained = self.epoch > self.args.warmup_epochs  # a young network's features are all alike
+        for true, words in [
+            (trained and max(spreads[-3:]) < 0.1, "collapsed: all videos get the same features"),
+            (trained and len(losses) == 10 and min(losses) > 0.98, "the loss stays at chance"),
+            (min(waits[-3:]) > 0.3, "waiting for data: more --workers or smaller videos help"),
+        ]:
+            if true and len(self.lines) > 2 and words not in self.warned:
+                self.warned.add(words)
+                say(f"WARN {words} (see the README)")
+
+    def save(self):
+        """last.pth, all that a resume needs, and backbone.pth, what others load. Rank 0 writes."""
+        self.saved = time.monotonic()
+        if rank() > 0:
+            return
+        net, path = self.model.encoder.backbone, f"{self.args.out}/"
+        state = {name: tensor.cpu() for name, tensor in net.state_dict().items()}
+        config = {**vars(self.args), "step": self.number, "feature_dim": net.feature_dim}
+        _save(path + "backbone.pth", {"state_dict": state, "config": config})
+        content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        content |= {name: getattr(self, name) for name in ("number", "losses", "skipped", "bad")}
+        content |= {"args": vars(self.args), "log_bytes": self.file.tell()}
+        _save(path + "last.pth", content)
+
+    def resume(self):
+        """Take the output folder for this run; go on from its last.pth if there is one."""
+        path, content = Path(self.args.out, "last.pth"), None
+        if rank() == 0:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self.file = open(path.with_name("log.jsonl"), "ab")  # noqa: SIM115
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                busy = isinstance(error, BlockingIOError)
+                fail(f"{path.parent}: {'another run writes here' if busy else error.strerror}")
+            content = _load(path) if path.exists() else None
+        if world_size() > 1:  # from rank 0: another machine may not see its disk
+            box = [content]
+            dist.broadcast_object_list(box)
+            content = box[0]
+        for name, now in vars(self.args).items():
+            was = content["args"].get(name) if content else now
+            if was != now and name not in vars(_Flags).keys() - {"seed"}:
+                what = "data" if name == "data_hash" else name.replace("_", "-")
+                fail(f"{path} was made with --{what} {was}, not {now}; choose another --out")
+        if rank() == 0:
+            self.file.truncate(content["log_bytes"] if content else 0)
+        if content:
+            self.model.load_state_dict(content.pop("model"))
+            self.optimizer.load_state_dict(content.pop("optimizer"))
+            for name in ("number", "losses", "skipped", "bad"):
+                setattr(self, name, content[name])
+            say(f"{path}: going on after step {self.number}")
+
+
+def train(args, videos, model, optimizer, sample_clips, chance):
+    """Yield a run step by step (see _Run): `clips`, `epoch`, `progress`, autocast(), update().
+
+    Owns the rest: order and decoding of the videos, augmentation, learning rate, log, checkpoints,
+    resume, signals. chance: the loss of uninformative features.
+    """
+    run = _Run(args, videos, model, optimizer, chance)
+    if args.show_views:
+        return _show_views(args, *next(iter(_loader(run, sample_clips)))[:3])
+    run.resume()
+    views = args.batch_size * args.views
+    say(f"batch: {args.batch_size} videos = {world_size()} x {args.batch_size // world_size()}")
+    say(f"lr: {args.lr:g} x {views} views / 128 = {args.lr * views / 128:g}, {args.optimizer}")
+    say(f"chance level of the loss: {chance:.4f}")
+
+    def request_stop(*_):
+        run.stop = True
+
+    before = {s: signal.signal(s, request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    silent = rank() > 0 or not sys.stderr.isatty()
+    try:
+        batches = iter(_loader(run, sample_clips))
+        for _ in tqdm(range(run.number, run.last), run.args.method, disable=silent):
+            begun = time.monotonic()
+            batch = next(batches)
+            run.waited += time.monotonic() - begun
+            run.begin(*batch)
+            yield run
+            run.end()
+            if run.stop:
+                say(f"stopped after step {run.number}; the same command goes on from there")
+                return
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    say(f"done, {run.number} of {run.total} steps: {args.out}/backbone.pth")
+    say(f"evaluate: python eval_linear.py --weights {args.out}/backbone.pth")
+
+
+def _loader(run, sample_clips):
+    """This rank's part, a contiguous slice, of each batch from step run.number on."""
+    args, n = run.args, len(run.videos)
+
+    def batches():
+        share = args.batch_size // world_size()
+        for step in range(run.number, run.last):
+            epoch, i = divmod(step, run.steps_per_epoch)
+            order = np.random.default_rng((args.seed, epoch)).permutation(n)
+            begin = i * args.batch_size + rank() * share
+            yield [(epoch, int(v)) for v in order[begin : begin + share]]
+
+    how = dict(collate_fn=_collate, worker_init_fn=_quiet, timeout=600 if args.workers else 0)
+    how |= dict(num_workers=args.workers, pin_memory=device().type == "cuda")
+    return DataLoader(_Clips(args, run.videos, sample_clips), batch_sampler=batches(), **how)
