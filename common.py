@@ -828,7 +828,7 @@ class _Run:
         self.losses = []  # since the last line of the log
         self.lines, self.warned = [], set()  # (loss, feature std, wait) of each line; warnings said
         self.waited, self.since, self.saved = 0.0, time.monotonic(), time.monotonic()
-        self.stop = False
+        self.asked = self.stop = False  # by a signal to this rank; agreed by all
         self.operators = _operators(args)[1]
         self.statistics = [b for norm in _norms(model) for b in norm.buffers()]
         self.before = [b.clone() for b in self.statistics]
@@ -862,7 +862,7 @@ class _Run:
         norm = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
         loss = loss.detach()
         unfit = (~torch.isfinite(norm + loss)).float()
-        report = torch.stack([unfit, torch.full_like(loss, self.stop), loss / world_size()])
+        report = torch.stack([unfit, torch.full_like(loss, self.asked), loss / world_size()])
         if world_size() > 1:
             dist.all_reduce(report)
         unfit, stop, loss = report.tolist()  # the one time that a step waits for the GPU
@@ -990,7 +990,7 @@ def train(args, videos, model, optimizer, sample_clips, chance):
     say(f"chance level of the loss: {chance:.4f}")
 
     def request_stop(*_):
-        run.stop = True
+        run.asked = True
 
     before = {s: signal.signal(s, request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
     silent = rank() > 0 or not sys.stderr.isatty()

@@ -1,0 +1,173 @@
+"""Several processes compute what one computes on the joint batch."""
+
+import importlib
+import json
+import signal
+
+import common
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import METHODS, run_ranks
+
+PLAIN = ["--batch-size", "12", "--optimizer", "sgd", "--lr", "0.5", "--warmup-epochs", "0"]
+
+
+def trained(method, argv, keep_bn=False):
+    """Run a script; BN in eval (its batch is a rank's) unless keep_bn."""
+    script = importlib.import_module(method)
+    if not keep_bn:
+        distribute = common.distribute
+
+        def in_eval(model, args):
+            network = distribute(model, args)
+            return network.eval()
+
+        common.distribute = in_eval
+    script.main(argv)
+
+
+@pytest.mark.parametrize("rho", [2, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_ranks_equal_one_process(method, rho, small, tmp_path):
+    """2 and 3 processes give one process's weights (SGD: its gradients), queue, target, log."""
+    own = ["--queue", "31"] if method == "moco" else []
+    own = ["--prototypes", "17", "--freeze-prototypes", "0"] if method == "swav" else own
+    results = []
+    for ranks in (1, 2, 3):
+        out = ["--out", str(tmp_path / f"{ranks}"), "--rho", str(rho), "--max-steps", "2"]
+        argv = [*small, *PLAIN, *own, *out, "--log-every", "1"]
+        run_ranks(ranks, trained, method, argv)
+        results.append(torch.load(tmp_path / f"{ranks}/last.pth", weights_only=True))
+    one, *others = results
+    for other in others:
+        assert one["number"] == other["number"] == 2
+        for name, tensor in one["model"].items():
+            message = f"{name} differs"
+            torch.testing.assert_close(
+                other["model"][name], tensor, atol=2e-6, rtol=1e-4, msg=message
+            )
+    logs = [(tmp_path / f"{ranks}/log.jsonl").read_text().splitlines() for ranks in (1, 2, 3)]
+    for lines in zip(*logs, strict=True):
+        losses = [json.loads(line)["loss"] for line in lines]
+        assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+
+
+def _gathered_gradient():
+    dist.init_process_group("gloo")
+    rank, ranks = common.rank(), common.world_size()
+    torch.manual_seed(0)
+    weight = torch.randn(5, 5, requires_grad=True)
+    x = torch.randn(6, 5)
+    z = common.gather(x.chunk(ranks)[rank] @ weight)  # (6, 5)
+    (z @ z.T).square().mean().backward()
+    dist.all_reduce(weight.grad)
+    return z.detach().numpy(), (weight.grad / ranks).numpy()  # DDP's mean
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_gather_has_the_joint_gradient(ranks):
+    """gather: rank-major on all ranks, and after the mean over ranks the joint loss's gradient."""
+    torch.manual_seed(0)
+    weight = torch.randn(5, 5, requires_grad=True)
+    z = torch.randn(6, 5) @ weight
+    (z @ z.T).square().mean().backward()
+    for z_rank, gradient in run_ranks(ranks, _gathered_gradient):
+        np.testing.assert_allclose(z_rank, z.detach(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(gradient, weight.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_real_bn_on_two_ranks(method, small):
+    """rho 4 clips with BN in training on two ranks: several forwards of it before one backward."""
+    run_ranks(2, trained, method, [*small, "--rho", "4", "--max-steps", "2"], True)
+
+
+def _keys():
+    import moco
+
+    dist.init_process_group("gloo")
+    clips = torch.arange(8.0).reshape(8, 1, 1, 1, 1, 1).chunk(2)[common.rank()]  # (B, V = 1, ...)
+    seen = []
+
+    def flat(view):
+        seen.extend(view.flatten().tolist())
+        return view.flatten(1)
+
+    keys = moco.shuffled(flat, clips, seed=3)
+    return keys.flatten().tolist(), seen
+
+
+def test_keys_are_shuffled_and_put_back():
+    """MoCo: a rank's key network sees clips of both ranks, yet each rank gets its own keys."""
+    (first, seen), (second, _) = run_ranks(2, _keys)
+    assert first == [0, 1, 2, 3] and second == [4, 5, 6, 7]
+    assert set(seen) & {0, 1, 2, 3} and set(seen) & {4, 5, 6, 7}
+
+
+def _views(argv):
+    import byol
+
+    args, videos = common.start(byol.Recipe, argv)
+    run = common._Run(args, videos, torch.nn.Linear(1, 1), None, 2.0)
+    batches = [batch[0] for batch in common._loader(run, byol.sample_clips)]
+    return [batch.numpy() for batch in batches]
+
+
+def test_same_views_for_all_workers_and_ranks(small):
+    """0 or 2 workers, 1 or 2 ranks: the same views; another epoch, another video: others."""
+    base = [*small, "--rho", "3", "--max-steps", "4"]
+    (alone,) = run_ranks(1, _views, base)
+    (workers,) = run_ranks(1, _views, [*base, "--workers", "2"])
+    ranks = run_ranks(2, _views, base)
+    assert len(alone) == 4
+    for step, batch in enumerate(alone):
+        assert batch.shape == (6, 3, 4, 3, 16, 16)
+        np.testing.assert_array_equal(batch, workers[step])
+        np.testing.assert_array_equal(batch, np.concatenate([r[step] for r in ranks]))
+    assert not any((alone[0] == other).all() for other in alone[1:])
+    assert not (alone[0][:, 0] == alone[0][:, 1]).all(axis=(1, 2, 3, 4)).any()
+
+
+@pytest.mark.parametrize("ranks, share", [(1, 64), (2, 32), (4, 16)])
+def test_batch_and_lr_do_not_depend_on_ranks(ranks, share, folder, monkeypatch, capsys):
+    """1 x 64, 2 x 32 and 4 x 16 videos are the same batch with the same learning rate."""
+    import byol
+
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    args = common._parse(byol.Recipe, ["--data", str(folder), "--warmup-epochs", "35"])
+    args.views = 2
+    common._check(args, 100)
+    assert args.batch_size == 64 and args.batch_size // ranks == share
+    assert common.learning_rate(args, args.warmup_epochs) == pytest.approx(
+        0.6 * 0.5 * (1 + np.cos(np.pi * 35 / 200))
+    )
+
+
+def test_signal_ends_both_ranks_at_one_step(small, tmp_path):
+    """SIGTERM to one of two ranks: both stop after the same step, with a checkpoint."""
+    argv = [*small, "--epochs", "50", "--log-every", "1"]
+    result = run_ranks(2, _stopped, argv)
+    assert result[0] == result[1] > 2
+    assert torch.load(tmp_path / "out/last.pth", weights_only=True)["number"] == result[0]
+
+
+def _stopped(argv):
+    import os
+
+    import byol
+
+    steps = 0
+    lerp = byol.update_target
+
+    def count(*args):
+        nonlocal steps
+        steps += 1
+        if steps == 3 and common.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        lerp(*args)
+
+    byol.update_target = count
+    byol.main(argv)
+    return steps
