@@ -44,9 +44,10 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     warmup_epochs = None, 3.0  # of linear warm-up, 0 = none; None = 35/200 of the epochs
     weight_decay = 1e-6, 1e-4  # but for BN, 0 = none
     batch_norm = "sync", "sync"  # sync: over all GPUs; plain: over each GPU's share
-    projector = (4096, 256), (256, 64)  # widths after the backbone's; BN between
+    projector = (4096, 256), (256, 64)  # widths of its layers
+    projector_bn = "hidden", "all"  # none, hidden or all layers; the last one's without affine
     predictor = (4096, 256), (256, 64)  # widths after the projector's; BN between
-    momentum = 0.996, 0.98  # of the target network at the start; annealed to 1, 0 = no memory
+    momentum = 0.996, 0.98  # of the target network at first, annealed; 0 = a copy, 1 = stays
 
 
 # --- method
@@ -73,9 +74,9 @@ class BYOL(nn.Module):
     def __init__(self, args):
         super().__init__()
         backbone = common.backbone(args.backbone)
-        projector = common.mlp((backbone.feature_dim, *args.projector), batch_norm=True)
+        projector = common.mlp((backbone.feature_dim, *args.projector), args.projector_bn)
         self.encoder = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
-        self.predictor = common.mlp((args.projector[-1], *args.predictor), batch_norm=True)
+        self.predictor = common.mlp((args.projector[-1], *args.predictor), "hidden")
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
         self.low_memory = args.low_memory
 

@@ -114,11 +114,12 @@ def _parse(recipe, argv):
     for name, (text, paper, demo) in meaning.items():
         if getattr(args, name) is None:
             setattr(args, name, demo if args.small or not args.data else paper)
-        value, zero = getattr(args, name), "0 = " in text
-        if type(value) in (int, float) and not (0 < value < math.inf or value == 0 and zero):
-            fail(
-                f"--{name.replace('_', '-')} must be {'0 or more' if zero else 'above 0'}: {value}"
-            )
+        value, zero, most = getattr(args, name), "0 = " in text, 1 if "1 = " in text else math.inf
+        if type(value) in (int, float) and not (
+            0 < value <= most and value < math.inf or value == 0 and zero
+        ):
+            limits = ("0 or more" if zero else "above 0") + ", at most 1" * (most == 1)
+            fail(f"--{name.replace('_', '-')} must be {limits}, not {value}")
     return args
 
 
@@ -678,19 +679,21 @@ def backbone(name):
     return _BACKBONES[name]()
 
 
-def mlp(widths, batch_norm):
+def mlp(widths, norm):
     """Linear layers with ReLU between, (N, widths[0]) -> (N, widths[-1]); HEAD:147.
 
-    With batch_norm the hidden layers have BN and no bias; the last has a bias and no BN.
+    norm: "none"; "hidden", BN after all but the last layer; "all", BN without affine after the last
+    too. A layer with BN has no bias.
     """
     layers = []
     for i, (inputs, outputs) in enumerate(pairwise(widths), start=2):
         hidden = i < len(widths)
-        linear = nn.Linear(inputs, outputs, bias=not (batch_norm and hidden))
+        bn = norm == "all" or (norm == "hidden" and hidden)
+        linear = nn.Linear(inputs, outputs, bias=not bn)
         nn.init.kaiming_uniform_(linear.weight, a=1)
-        if linear.bias is not None:
+        if not bn:
             nn.init.zeros_(linear.bias)
-        layers += [linear, *[nn.BatchNorm1d(outputs)][: batch_norm and hidden]]
+        layers += [linear, *[nn.BatchNorm1d(outputs, affine=hidden)][:bn]]
         layers += [nn.ReLU(inplace=True)][:hidden]
     return nn.Sequential(*layers)
 
@@ -714,10 +717,12 @@ def _uncounted(network):
     norms = [(m, m.momentum, m.num_batches_tracked.clone()) for m in _norms(network)]
     for norm, _, _ in norms:
         norm.momentum = 0.0
-    yield
-    for norm, momentum, count in norms:
-        norm.momentum = momentum
-        norm.num_batches_tracked.copy_(count)
+    try:
+        yield
+    finally:  # torch leaves by an exception when it has what it needs
+        for norm, momentum, count in norms:
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(count)
 
 
 def _norms(network):
@@ -822,7 +827,7 @@ class _Run:
         self.steps_per_epoch = len(videos) // args.batch_size
         self.total = args.epochs * self.steps_per_epoch
         self.last = min(self.total, args.max_steps or self.total)
-        self.number = 0  # of steps done
+        self.number, self.file = 0, None  # of steps done; the log
         self.skipped = self.in_a_row = 0  # steps that were not finite
         self.bad = []  # reasons of the videos that could not be read
         self.losses = []  # since the last line of the log
@@ -921,7 +926,7 @@ class _Run:
     def warn(self, losses, spreads, waits):
         trained = self.epoch > self.args.warmup_epochs  # a young network's features are all alike
         for true, words in [
-            (trained and max(spreads[-3:]) < 0.1, "collapsed: all videos get the same features"),
+            (trained and max(spreads[-3:]) < 0.2, "collapsed: all videos get the same features"),
             (trained and len(losses) == 10 and min(losses) > 0.98, "the loss stays at chance"),
             (min(waits[-3:]) > 0.3, "waiting for data: more --workers or smaller videos help"),
         ]:
@@ -942,6 +947,11 @@ class _Run:
         content |= {name: getattr(self, name) for name in ("number", "losses", "skipped", "bad")}
         content |= {"args": vars(self.args), "log_bytes": self.file.tell()}
         _save(path + "last.pth", content)
+
+    def close(self):
+        """Let another run have the folder."""
+        if rank() == 0 and self.file:
+            self.file.close()
 
     def resume(self):
         """Take the output folder for this run; go on from its last.pth if there is one."""
@@ -983,11 +993,6 @@ def train(args, videos, model, optimizer, sample_clips, chance):
     run = _Run(args, videos, model, optimizer, chance)
     if args.show_views:
         return _show_views(args, *next(iter(_loader(run, sample_clips)))[:3])
-    run.resume()
-    views = args.batch_size * args.views
-    say(f"batch: {args.batch_size} videos = {world_size()} x {args.batch_size // world_size()}")
-    say(f"lr: {args.lr:g} x {views} views / 128 = {args.lr * views / 128:g}, {args.optimizer}")
-    say(f"chance level of the loss: {chance:.4f}")
 
     def request_stop(*_):
         run.asked = True
@@ -995,6 +1000,11 @@ def train(args, videos, model, optimizer, sample_clips, chance):
     before = {s: signal.signal(s, request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
     silent = rank() > 0 or not sys.stderr.isatty()
     try:
+        run.resume()
+        views = args.batch_size * args.views
+        say(f"batch: {args.batch_size} videos = {world_size()} x {args.batch_size // world_size()}")
+        say(f"lr: {args.lr:g} x {views} views / 128 = {args.lr * views / 128:g}, {args.optimizer}")
+        say(f"chance level of the loss: {chance:.4f}")
         batches = iter(_loader(run, sample_clips))
         for _ in tqdm(range(run.number, run.last), run.args.method, disable=silent):
             begun = time.monotonic()
@@ -1007,6 +1017,7 @@ def train(args, videos, model, optimizer, sample_clips, chance):
                 say(f"stopped after step {run.number}; the same command goes on from there")
                 return
     finally:
+        run.close()
         for number, handler in before.items():
             signal.signal(number, handler)
         if dist.is_initialized():

@@ -45,8 +45,9 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     warmup_epochs = None, 3.0  # of linear warm-up, 0 = none; None = 35/200 of the epochs
     weight_decay = 1e-4, 1e-4  # but for BN, 0 = none
     batch_norm = "plain", "plain"  # sync: over all GPUs; plain: over each GPU's share
-    projector = (2048, 2048, 128), (256, 64)  # widths after the backbone's; no BN
-    momentum = 0.994, 0.95  # of the target network at the start; annealed to 1, 0 = no memory
+    projector = (2048, 2048, 128), (256, 64)  # widths of its layers
+    projector_bn = "none", "all"  # none, hidden or all layers; the last one's without affine
+    momentum = 0.994, 0.95  # of the target network at first, annealed; 0 = a copy, 1 = stays
     queue = 65536, 240  # keys that are remembered
     temperature = 0.1, 0.2  # of the softmax over one positive and the queue
 
@@ -78,7 +79,7 @@ class MoCo(nn.Module):
     def __init__(self, args):
         super().__init__()
         backbone = common.backbone(args.backbone)
-        projector = common.mlp((backbone.feature_dim, *args.projector), batch_norm=False)
+        projector = common.mlp((backbone.feature_dim, *args.projector), args.projector_bn)
         self.encoder = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
         self.register_buffer("queue", torch.zeros(args.queue, args.projector[-1]))

@@ -41,7 +41,8 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     warmup_epochs = None, 3.0  # of linear warm-up, 0 = none; None = 35/200 of the epochs
     weight_decay = 1e-6, 1e-4  # but for BN, 0 = none
     batch_norm = "sync", "sync"  # sync: over all GPUs; plain: over each GPU's share
-    projector = (2048, 2048, 128), (256, 64)  # widths after the backbone's; no BN
+    projector = (2048, 2048, 128), (256, 64)  # widths of its layers
+    projector_bn = "none", "none"  # none, hidden or all layers; the last one's without affine
     temperature = 0.1, 0.2  # of the softmax over one positive and all negatives
 
 
@@ -73,7 +74,7 @@ class SimCLR(nn.Module):
     def __init__(self, args):
         super().__init__()
         backbone = common.backbone(args.backbone)
-        projector = common.mlp((backbone.feature_dim, *args.projector), batch_norm=False)
+        projector = common.mlp((backbone.feature_dim, *args.projector), args.projector_bn)
         self.encoder = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
         self.low_memory = args.low_memory
 

@@ -43,7 +43,8 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     warmup_epochs = None, 3.0  # of linear warm-up, 0 = none; None = 35/200 of the epochs
     weight_decay = 1e-6, 1e-4  # but for BN, 0 = none
     batch_norm = "sync", "sync"  # sync: over all GPUs; plain: over each GPU's share
-    projector = (2048, 2048, 128), (256, 64)  # widths after the backbone's; BN between
+    projector = (2048, 2048, 128), (256, 64)  # widths of its layers
+    projector_bn = "hidden", "all"  # none, hidden or all layers; the last one's without affine
     prototypes = 1000, 300  # to which clips are assigned
     freeze_prototypes = 1.0, 30.0  # epochs in which the prototypes do not learn, 0 = none
     epsilon = 0.05, 0.05  # of Sinkhorn: smaller is nearer to one prototype a clip
@@ -89,7 +90,7 @@ class SwAV(nn.Module):
     def __init__(self, args):
         super().__init__()
         backbone = common.backbone(args.backbone)
-        projector = common.mlp((backbone.feature_dim, *args.projector), batch_norm=True)
+        projector = common.mlp((backbone.feature_dim, *args.projector), args.projector_bn)
         self.encoder = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
         self.prototypes = nn.Linear(args.projector[-1], args.prototypes, bias=False)
         normalize_prototypes(self.prototypes)
