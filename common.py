@@ -299,8 +299,8 @@ def _duration(path, container, stream):
     """Seconds; from the header if it says, else from all packets."""
     if stream.duration:
         return float(stream.duration * stream.time_base)
-    if container.duration:
-        return container.duration / av.time_base
+    if container.duration:  # counted from 0, wherever the first frame is
+        return container.duration / av.time_base - max(0, container.start_time or 0) / av.time_base
     with _open(path) as scan:
         packets = [p for p in scan.demux(scan.streams.best("video")) if p.size]
     times = [p.pts for p in packets if p.pts is not None]
@@ -344,7 +344,7 @@ def _frames_at(container, stream, times, size):
         while coming and coming[0] <= limit:
             shown, coming, picture = coming[1], next(decoder, None), None
         if picture is None:  # converted and scaled in one go
-            picture = reformatter.reformat(shown, width, height, "rgb24").to_ndarray()
+            picture = reformatter.reformat(shown, width, height, "rgb24", threads=1).to_ndarray()
         pictures[k] = picture
     turns = first.rotation / 90 if abs(first.rotation) <= 360 else 0  # else the matrix is damaged
     return np.rot90(pictures, round(turns), axes=(1, 2))
@@ -352,8 +352,8 @@ def _frames_at(container, stream, times, size):
 
 def _worth_seeking(stream, coming, target):
     """Whether a key frame lies between the coming frame and a time, or is likely to."""
-    if coming[1].pts is None:
-        return False
+    if coming[1].pts is None or stream.container.format.name == "mpeg":
+        return False  # no time stamps, or too few of them to know where a seek has led
     here, target, index = coming[1].pts, round(target / stream.time_base), stream.index_entries
     if len(index):
         i = index.search_timestamp(target)
@@ -365,9 +365,12 @@ def _worth_seeking(stream, coming, target):
 
 def _seek(container, stream, target, zero):
     """Go on from a key frame at or before a time: (decoder, its first frame)."""
-    for back in (0, 2, 20, target - zero):  # an index in decoding order may lead too far
-        place = max(target - back, zero)
-        container.seek(math.floor(place / stream.time_base), stream=stream)
+    # an index in decoding order may lead too far, and the first packet be for an earlier moment
+    for place in (target, max(target - 2, zero), max(target - 20, zero), zero, zero - 1):
+        try:
+            container.seek(math.floor(place / stream.time_base), stream=stream)
+        except av.FFmpegError:
+            continue
         decoder = _decode(container, stream)
         coming = next(decoder, None)
         if coming and coming[0] <= target:
