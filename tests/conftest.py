@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from videos import make_video
 
 ROOT = Path(__file__).parent.parent

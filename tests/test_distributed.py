@@ -4,11 +4,12 @@ import importlib
 import json
 import signal
 
-import common
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+
+import common
 from conftest import METHODS, run_ranks
 
 PLAIN = ["--batch-size", "12", "--optimizer", "sgd", "--lr", "0.5", "--warmup-epochs", "0"]

@@ -2,15 +2,16 @@
 
 import math
 
-import byol
-import moco
 import pytest
-import simclr
-import swav
 import torch
 import torch.nn.functional as F
 from lightly.loss import NegativeCosineSimilarity, NTXentLoss, SwaVLoss
 from lightly.loss.swav_loss import sinkhorn as lightly_sinkhorn
+
+import byol
+import moco
+import simclr
+import swav
 
 B, D, K = 5, 7, 11  # primes, so that a wrong axis shows
 VIEWS = [2, 3, 4]

@@ -11,9 +11,10 @@ from fractions import Fraction
 from types import SimpleNamespace
 
 import av
-import common
 import numpy as np
 import pytest
+
+import common
 from videos import LIGHT, counter_picture, make_video, read_counter, read_counters
 
 NTSC = Fraction(30000, 1001)
