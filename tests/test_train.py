@@ -1,0 +1,474 @@
+"""Runs of the scripts: what they write, how they stop and go on, what they refuse."""
+
+import contextlib
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import byol
+import common
+from conftest import METHODS, run_ranks
+from videos import make_video
+
+TIMING = {"videos_per_second", "data_wait"}
+
+
+def run(method, argv):
+    importlib.import_module(method).main(argv)
+
+
+def refused(argv, capfd, method="byol"):
+    """The one line with which a script refuses its arguments."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(method, argv)
+    errors = capfd.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(errors) == 1, errors
+    return errors[0]
+
+
+def log_of(out):
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(a, b):
+    """Weights, optimizer and log of two runs are bit for bit the same, timing aside."""
+    one, two = (torch.load(Path(out, "last.pth"), weights_only=True) for out in (a, b))
+    assert one["number"] == two["number"] and one["losses"] == two["losses"]
+    for name, tensor in one["model"].items():
+        assert torch.equal(tensor, two["model"][name]), name
+    for key, state in one["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), two["optimizer"]["state"][key][name]), name
+    lines = [[{k: v for k, v in x.items() if k not in TIMING} for x in log_of(o)] for o in (a, b)]
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("rho", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_at_every_rho(method, rho, small, tmp_path, capfd):
+    """Each runs, with --low-memory to the same numbers, and says in order what it does."""
+    own = ["--queue", "50"] if method == "moco" else []
+    run(method, [*small, *own, "--rho", str(rho), "--max-steps", "2"])
+    out, err = capfd.readouterr()
+    marks = ["torch", "options: ", "data: 13", "model: tiny", "batch: 6", "lr: ", "chance", "{"]
+    places = [out.index(mark) for mark in [*marks, "done, 2 of 4 steps"]]
+    assert places == sorted(places) and "\r" not in out + err
+    assert Path(tmp_path, "out/backbone.pth").exists()
+    (line,) = log_of(tmp_path / "out")
+    assert line["step"] == 2 and math.isfinite(line["loss"]) and line["feature_std"] > 0
+    small[small.index("--out") + 1] = str(tmp_path / "low")
+    run(method, [*small, *own, "--rho", str(rho), "--max-steps", "2", "--low-memory"])
+    assert_same_run(tmp_path / "out", tmp_path / "low")
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_bn_statistics_are_updated_once_a_view(low_memory):
+    """Also where activations are computed again; the gradient is that of the plain forward."""
+    torch.manual_seed(0)
+    network = common.backbone("tiny")
+    before = network.state_dict()["stage0.1.running_mean"].clone()
+    clips = torch.randn(3, 4, 3, 4, 8, 8)
+    common.per_view(network, clips, low_memory).square().sum().backward()
+    state = network.state_dict()
+    assert state["stage0.1.num_batches_tracked"] == 4
+    assert not torch.equal(before, state["stage0.1.running_mean"])
+    torch.manual_seed(0)
+    twin = common.backbone("tiny")
+    torch.stack([twin(clip) for clip in clips.unbind(1)], 1).square().sum().backward()
+    for a, b in zip(network.parameters(), twin.parameters(), strict=True):
+        assert (a.grad - b.grad).abs().max() <= 1e-3 * b.grad.abs().max()
+    for name, tensor in twin.state_dict().items():
+        torch.testing.assert_close(state[name], tensor)
+
+
+def saved_bytes(low_memory, views):
+    """Bytes that autograd keeps for backward, over one forward pass of `views` views."""
+    network, kept = common.backbone("tiny"), {}
+    clips = torch.randn(2, views, 3, 8, 32, 32)
+
+    def keep(tensor):
+        kept[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        features = common.per_view(network, clips, low_memory)
+    assert features.requires_grad
+    return sum(kept.values()), clips.numel() * 4
+
+
+def test_low_memory_keeps_inputs_only():
+    """--low-memory: what is kept grows with rho by the inputs, not by the activations."""
+    full = saved_bytes(False, 8)[0] - saved_bytes(False, 2)[0]
+    (two, two_inputs), (eight, eight_inputs) = (saved_bytes(True, views) for views in (2, 8))
+    assert full > 4 * (eight - two)
+    assert eight - two <= 1.1 * (eight_inputs - two_inputs)
+
+
+def stop_after(method, argv, steps, number):
+    """Run a script that gets a signal in its step number `steps`."""
+    update, count = common._Run.update, 0
+
+    def counted(*args, **more):
+        nonlocal count
+        count += 1
+        if count == steps:
+            os.kill(os.getpid(), number)
+        return update(*args, **more)
+
+    common._Run.update = counted
+    run(method, argv)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_stopped_and_resumed_is_bit_equal(method, ranks, small, tmp_path):
+    """SIGTERM or SIGINT in mid-epoch and in mid-interval of the log, then the same command."""
+    extra = ["--rho", "3", "--epochs", "3", "--log-every", "4"]
+    extra += ["--queue", "31"] if method == "moco" else []
+    extra += ["--workers", "1"] if method == "byol" else []
+    whole = [*small, *extra, "--out", str(tmp_path / "whole")]
+    run_ranks(ranks, run, method, whole)
+    for number, steps in ((signal.SIGTERM, 1), (signal.SIGINT, 2)):
+        run_ranks(ranks, stop_after, method, [*small, *extra], steps, number)
+    last = torch.load(tmp_path / "out/last.pth", weights_only=True)
+    assert last["number"] == 3
+    run_ranks(ranks, run, method, [*small, *extra, "--log-every", "4"])
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+
+
+def test_max_steps_then_more_is_one_run(small, tmp_path):
+    """--max-steps may cut an interval of the log; going on writes the whole one."""
+    run("byol", [*small, "--out", str(tmp_path / "whole")])
+    run("byol", [*small, "--max-steps", "1"])
+    assert [line["step"] for line in log_of(tmp_path / "out")] == [1]
+    run("byol", [*small, "--max-steps", "3", "--log-every", "2"])
+    run("byol", small)
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+
+
+def test_finished_run_says_so(small, tmp_path, capfd):
+    """The same command on a finished run ends at once, changes nothing and says done."""
+    run("byol", small)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    capfd.readouterr()
+    run("byol", small)
+    assert "done, 4 of 4 steps" in capfd.readouterr().out
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+
+def slow_saves(argv):
+    fsync = os.fsync
+
+    def slow(file):
+        time.sleep(0.03)
+        fsync(file)
+
+    os.fsync = slow
+    run("byol", argv)
+
+
+def test_kill_during_saves_loses_nothing(small, tmp_path):
+    """SIGKILL at 12 random moments, most of them in a save: there is always a good last.pth, and
+    in the end the run is that of an undisturbed one."""
+    argv = [*small, "--batch-size", "12", "--epochs", "12", "--log-every", "5"]
+    run_ranks(1, run, "byol", [*argv, "--out", str(tmp_path / "whole")])
+    chance, numbers = random.Random(0), []
+    last = tmp_path / "out/last.pth"
+    for _ in range(12):
+        process = multiprocessing.get_context("fork").Process(target=slow_saves, args=(argv,))
+        process.start()
+        time.sleep(chance.uniform(0.15, 0.9))
+        process.kill()
+        process.join()
+        if last.exists():
+            numbers.append(torch.load(last, weights_only=True)["number"])
+    assert numbers and numbers == sorted(numbers) and numbers[0] < 12
+    run_ranks(1, run, "byol", argv)
+    assert_same_run(tmp_path / "whole", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+@pytest.fixture
+def bad_folder(tmp_path):
+    """16 good videos and five that cannot be read."""
+    root = tmp_path / "data"
+    root.mkdir()
+    for i in range(16):
+        make_video(root / f"good {i:02d}.mp4", n=20, size=(48, 36))
+    whole = (root / "good 00.mp4").read_bytes()
+    (root / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    (root / "empty.mp4").write_bytes(b"")
+    (root / "text.mp4").write_text("this is no video")
+    (root / "noise.webm").write_bytes(bytes(range(256)) * 9)
+    (root / "gone.mp4").symlink_to(root / "nowhere.mp4")
+    return root
+
+
+BAD = {"cut.mp4", "empty.mp4", "text.mp4", "noise.webm", "gone.mp4"}
+
+
+def test_bad_videos_are_named_counted_and_replaced(bad_folder, small, tmp_path, capfd):
+    """Training goes on, names each bad video once, counts it, and is the same for the same seed."""
+    argv = [*small, "--epochs", "4", "--data", str(bad_folder)]
+    run("byol", argv)
+    err = capfd.readouterr().err
+    assert all(err.count(name) == 1 for name in BAD) and err.count("bad video") == len(BAD)
+    assert log_of(tmp_path / "out")[-1]["bad_videos"] == len(BAD)
+    run("byol", [*argv, "--out", str(tmp_path / "again"), "--workers", "2"])
+    assert_same_run(tmp_path / "out", tmp_path / "again")
+
+
+def test_all_bad_is_an_error(bad_folder, small, capfd):
+    """Nothing readable: exit code 2 and the first path, in less than 10 s."""
+    for path in bad_folder.glob("good*"):
+        path.write_text("nor is this")
+    begun = time.monotonic()
+    with pytest.raises(SystemExit) as stop:
+        run("byol", [*small, "--data", str(bad_folder)])
+    errors = capfd.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and time.monotonic() - begun < 10
+    assert "error: " in errors[-1] and str(bad_folder) in errors[-1]
+
+
+def test_check_data_lists_the_good_ones(bad_folder, small, tmp_path, capfd):
+    """--check-data names the bad, and its list trains."""
+    with pytest.raises(SystemExit) as stop:
+        run("byol", [*small, "--data", str(bad_folder), "--check-data"])
+    out = capfd.readouterr().out
+    assert stop.value.code == 0 and all(out.count(f"{name}: ") == 1 for name in BAD)
+    clean = tmp_path / "out/clean.txt"
+    assert len(clean.read_text().splitlines()) == 16
+    run("byol", [*small, "--data", str(clean), "--max-steps", "1"])
+
+
+def test_list_forms(folder, tmp_path):
+    """CRLF, a byte order mark, blanks, comments, spaces, umlauts, labels: paths as they are."""
+    odd = tmp_path / "ein Ordner mit Ü"
+    odd.mkdir()
+    make_video(odd / "clip one.mp4", n=5, size=(48, 36))
+    absolute = folder / "even/00.mp4"
+    text = f"# comment\r\n\r\nein Ordner mit Ü/clip one.mp4\tjump rope\r\n{absolute}\tsit\r\n"
+    (tmp_path / "list.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    videos = common.Videos(tmp_path / "list.txt")
+    assert [videos[i] for i in range(2)] == [str(odd / "clip one.mp4"), str(absolute)]
+    assert videos.classes == ["jump rope", "sit"] and videos.labels.tolist() == [0, 1]
+    (tmp_path / "plain.txt").write_text("a.mp4\nb c.mp4\n")
+    assert common.Videos(tmp_path / "plain.txt").labels.tolist() == [-1, -1]
+
+
+def test_folder_classes_and_no_file_opened(folder, monkeypatch):
+    """The folder that a video lies in is its class; nothing is opened to find that out."""
+    monkeypatch.setattr(common.av, "open", None)
+    videos = common.Videos(folder)
+    assert len(videos) == 13 and videos.classes == ["even", "odd"]
+    assert videos[0].endswith("even/00.mp4") and videos.labels.tolist() == [0] * 7 + [1] * 6
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "--data nowhere",
+        "--rho 0",
+        "--rho two",
+        "--batch-size 14",
+        "--batch-size 1",
+        "--epochs 0",
+        "--lr -1",
+        "--lr nan",
+        "--backbone resnet",
+        "--optimizer adam",
+        "--augment crop,wobble",
+        "--warmup-epochs 3",
+        "--projector a",
+        "--momentum 2",
+        "--unknown 3",
+        "--batch-norm both",
+        "--out /dev/null/out",
+    ],
+)
+def test_wrong_values_are_one_line(wrong, small, capfd):
+    """Each is one line on stderr that names the flag, and exit code 2."""
+    line = refused([*small, *wrong.split()], capfd)
+    assert wrong.split()[0].strip("-") in line or "/dev/null" in line
+
+
+def test_kinetics_annotations_are_recognised(tmp_path, small, capfd):
+    """The CSV of Kinetics is no list of paths; the message says what a line must be."""
+    (tmp_path / "train.csv").write_text("label,youtube_id,time_start\nabseiling,abc,3\n")
+    assert "PATH<TAB>LABEL" in refused([*small, "--data", str(tmp_path / "train.csv")], capfd)
+
+
+@pytest.mark.parametrize("change", ["--rho 3", "--batch-size 4", "--lr 1", "--seed 1", "--size 24"])
+def test_a_changed_recipe_does_not_resume(change, small, capfd):
+    """What would make another run is refused, both values named; workers may change."""
+    run("byol", [*small, "--max-steps", "1"])
+    line = refused([*small, *change.split()], capfd)
+    assert change.split()[0] in line and f"not {change.split()[1]}" in line
+    run("byol", [*small, "--max-steps", "2", "--workers", "1"])
+
+
+def test_other_data_does_not_resume(small, folder, tmp_path, capfd):
+    """Videos that came or went make another run."""
+    run("byol", [*small, "--max-steps", "1"])
+    for video in folder.glob("even/*.mp4"):
+        (tmp_path / video.name).symlink_to(video)
+    assert "--data" in refused([*small, "--data", str(tmp_path)], capfd)
+
+
+@pytest.mark.parametrize("kind", ["cut", "text", "empty", "pickle"])
+def test_damaged_checkpoint_is_left_alone(kind, small, tmp_path, capfd):
+    """Exit code 2 and one line; the file stays as it is, and no code in it is run."""
+    run("byol", [*small, "--max-steps", "1"])
+    path = tmp_path / "out/last.pth"
+    whole = path.read_bytes()
+    if kind == "pickle":
+        torch.save(Hostile(tmp_path / "ran"), path)
+    else:
+        path.write_bytes({"cut": whole[: len(whole) // 2], "text": b"hello", "empty": b""}[kind])
+    damaged = path.read_bytes()
+    log = (tmp_path / "out/log.jsonl").read_bytes()
+    assert "last.pth" in refused(small, capfd)
+    assert path.read_bytes() == damaged and not (tmp_path / "ran").exists()
+    assert (tmp_path / "out/log.jsonl").read_bytes() == log
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_two_runs_on_one_folder(small, tmp_path, capfd):
+    """The second is refused while the first runs."""
+    import fcntl
+
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out/log.jsonl", "ab") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        assert "another run" in refused(small, capfd)
+
+
+def test_show_views(small, tmp_path, capfd):
+    """--show-views writes a picture, rows of views and columns of frames, and trains nothing."""
+    png = tmp_path / "views.png"
+    run("byol", [*small, "--rho", "3", "--show-views", str(png)])
+    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with common.av.open(str(png)) as container:
+        picture = next(container.decode(video=0))
+    assert picture.height > 4 * 3 * 96 and picture.width > 4 * 96
+    assert not (tmp_path / "out").exists()
+
+
+def state_of(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_guard_puts_everything_back(method, small, monkeypatch):
+    """A step that is not finite leaves weights, BN, target, queue and optimizer as they were."""
+    script = importlib.import_module(method)
+    loss = {"simclr": "nt_xent", "moco": "info_nce", "byol": "regression_loss"}.get(
+        method, "swapped_prediction"
+    )
+    right, update, seen = getattr(script, loss), common._Run.update, []
+
+    def wrong_in_the_second(*args):
+        return right(*args) * (math.nan if len(seen) == 1 else 1)
+
+    def watched(self, *args, **more):
+        taken = update(self, *args, **more)
+        seen.append((taken, state_of(self.model), str(self.optimizer.state_dict())))
+        return taken
+
+    monkeypatch.setattr(script, loss, wrong_in_the_second)
+    monkeypatch.setattr(common._Run, "update", watched)
+    after_first = []
+    begin = common._Run.begin
+    monkeypatch.setattr(
+        common._Run,
+        "begin",
+        lambda self, *a: (after_first.append(state_of(self.model)), begin(self, *a))[1],
+    )
+    run(method, [*small, "--max-steps", "3"])
+    assert [taken for taken, _, _ in seen] == [True, False, True]
+    for name, tensor in after_first[2].items():  # at the begin of the third, after the second
+        assert torch.equal(tensor, after_first[1][name]), name
+    assert seen[1][2].replace(" ", "") != "" and all(
+        t.isfinite().all() for t in seen[2][1].values()
+    )
+
+
+def test_ten_bad_steps_end_the_run(small, tmp_path, monkeypatch, capfd):
+    """Ten in a row: exit code 1, and the last good checkpoint is kept."""
+    run("byol", [*small, "--epochs", "20", "--max-steps", "2"])
+    monkeypatch.setattr(byol, "regression_loss", lambda q, k: (q * math.inf).sum())
+    with pytest.raises(SystemExit) as stop:
+        run("byol", [*small, "--epochs", "20"])
+    assert stop.value.code == 1 and "10 such steps" in capfd.readouterr().err
+    state = torch.load(tmp_path / "out/last.pth", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in state["model"].values())
+
+
+def diagnosed(features, small, monkeypatch, capfd, loss=None):
+    """What a run of 8 steps prints where the network's features are replaced for the log."""
+    update = common._Run.update
+    monkeypatch.setattr(
+        common._Run,
+        "update",
+        lambda self, value, **more: update(self, value, **{**more, "features": features}),
+    )
+    run("byol", [*small, "--epochs", "6", "--log-every", "1"])
+    return capfd.readouterr().out
+
+
+def test_constant_features_are_called_collapsed(small, monkeypatch, capfd):
+    """All features the same: feature_std 0 and one warning in words."""
+    out = diagnosed(torch.ones(6, 2, 64), small, monkeypatch, capfd)
+    assert out.count("WARN collapsed") == 1
+
+
+def test_gaussian_features_are_healthy(small, monkeypatch, tmp_path, capfd):
+    """Features that are spread over the sphere: std x sqrt(D) near 1 and no warning of it."""
+    features = torch.randn(100, 2, 64, generator=torch.Generator().manual_seed(0))
+    out = diagnosed(features, small, monkeypatch, capfd)
+    assert "collapsed" not in out
+    assert all(0.9 < line["feature_std"] < 1.1 for line in log_of(tmp_path / "out"))
+
+
+def test_backbone_file_opens_with_torch_alone(small, tmp_path):
+    """backbone.pth: plain tensors and settings; the backbone in last.pth, and no prefix."""
+    run("byol", [*small, "--max-steps", "1"])
+    saved = torch.load(tmp_path / "out/backbone.pth", weights_only=True)
+    backbone = common.backbone(saved["config"]["backbone"])
+    backbone.load_state_dict(saved["state_dict"])
+    last = torch.load(tmp_path / "out/last.pth", weights_only=True)["model"]
+    for name, tensor in saved["state_dict"].items():
+        assert torch.equal(tensor, last[f"encoder.backbone.{name}"])
+    assert not any(name.startswith(("module.", "_orig_mod.")) for name in last)
+
+
+def test_quiet_ranks(small, capfd):
+    """Rank 1 of two prints nothing; every line of the log is JSON."""
+    run_ranks(2, run, "byol", [*small, "--max-steps", "2"])
+    out = capfd.readouterr().out
+    assert out.count("chance level") == 1 and out.count('"step"') == 1
+
+
+def test_ctrl_c_before_training_is_no_traceback(small, monkeypatch, capfd):
+    """Ctrl-C while the data are found: exit code 130 and no traceback."""
+    monkeypatch.setattr(common, "Videos", lambda source: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as stop, contextlib.suppress(AttributeError):
+        run("byol", small)
+    assert stop.value.code == 130
