@@ -1,6 +1,7 @@
 """What the scripts share, in the order in which a run uses it.
 
-options, distributed, video, demo videos, augmentation, backbones, optimizer, checkpoint, loop
+options, distributed, video, demo videos, augmentation, backbones, weights, optimizer, evaluation,
+loop
 
 Letters in shapes: B videos on this rank, W ranks, rho clips of a video, V = max(2, rho) views,
 T frames, H x W pixels, D feature width. Clips are (B, V, 3, T, H, W), features (B, V, D): the view
@@ -8,6 +9,7 @@ is always axis 1. Sources such as RH:259 are lines of the released code; see the
 """
 
 import argparse
+import atexit
 import contextlib
 import fcntl
 import glob
@@ -37,7 +39,7 @@ from av.video.reformatter import VideoReformatter
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -47,13 +49,17 @@ from tqdm import tqdm
 class _Flags:  # name = paper, demo  # meaning, as in a recipe; only the seed moves a result
     data = "", ""  # folder of videos, or text list of path or path<TAB>label lines; none: the demo
     out = "", ""  # folder of log.jsonl, last.pth, backbone.pth; none: out/<method>-<data>-rho<N>
-    small = False, False  # the demo's settings on your own --data
     seed = 0, 0  # of weights, order of the videos, clips, augmentation; 0 = the usual one
     max_steps = 0, 0  # stop after this many steps in all, the schedule unchanged; 0 = never
     log_every = 10, 10  # steps from one line of the log to the next
-    workers = None, None  # decoding processes of a rank, 0 = none; None = its cores, at most 16
-    low_memory = False, False  # re-compute activations in backward: memory of one clip at any rho
+    workers = -1, -1  # decoding processes of a rank, 0 = none, -1 = its cores, at most 16
     compile = False, False  # torch.compile the networks
+
+
+class _Pretraining:  # flags of the scripts that have a rho
+    small = False, False  # the demo's settings on your own --data
+    low_memory = False, False  # re-compute activations in backward: memory of one clip at any rho
+    knn_every = 0, 10  # epochs from one kNN accuracy on the labels to the next; 0 = never
     show_views = "", ""  # PNG file: write what the model will see, a row for each view, and stop
     check_data = False, False  # open every video once, name the bad, list the others, and stop
 
@@ -61,22 +67,29 @@ class _Flags:  # name = paper, demo  # meaning, as in a recipe; only the seed mo
 def start(recipe, argv=None):
     """Read the options, find or make the data, join the other processes, and say all that.
 
-    recipe: a class of lines `name = paper value, demo value  # meaning`. Each is a flag, its comment
-    the help; a number must be positive unless the comment says what 0 is. Returns the arguments
-    (with `method`, `views`, `data_hash`) and the Videos.
+    recipe: a class of lines `name = paper value, demo value  # meaning`. Each is a flag, its
+    comment the help; a number must be positive unless the comment says what 0 is. Returns the
+    arguments (with `method`, `views`, `data_hash`) and the Videos.
     """
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # nothing to save before the first step
-    args = _parse(recipe, argv)
+    args, pretraining = _parse(recipe, argv), hasattr(recipe, "rho")
+    args.method, args.views = Path(inspect.getfile(recipe)).stem, 1
     if args.warmup_epochs is None:
         args.warmup_epochs = 35 / 200 * args.epochs
-    args.method, args.views = Path(inspect.getfile(recipe)).stem, max(2, args.rho)
-    name = Path(args.data).resolve().stem if args.data else "demo"
-    args.out = args.out or f"out/{args.method}-{name}-rho{args.rho}"
-    videos = Videos(args.data or demo_videos("data/demo") / "train")
+    if pretraining:
+        args.views, name = max(2, args.rho), Path(args.data).resolve().stem if args.data else "demo"
+        args.out = args.out or f"out/{args.method}-{name}-rho{args.rho}"
+    else:
+        _as_trained(args)
+    root = Path(args.data or demo_videos("data/demo"))
+    parted = not args.data or (not pretraining and (root / "train").is_dir())
+    videos = Videos(root / "train" if parted else root)
     args.data_hash = videos.hash
+    if not pretraining:
+        args.val = args.val or os.path.join(root if parted else root.parent, "val")
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    args.workers = min(16, max(1, cores)) if args.workers is None else int(args.workers)
-    if args.check_data:
+    args.workers = min(16, max(1, cores)) if args.workers < 0 else args.workers
+    if pretraining and args.check_data:
         _check_data(args, videos)
     _check(args, len(videos))
     torch.manual_seed(args.seed)
@@ -85,40 +98,72 @@ def start(recipe, argv=None):
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device().type == "cuda" else "gloo")
-    versions = [f"{m.__name__} {m.__version__}" for m in (torch, torchvision, av, np)]
+        atexit.register(dist.destroy_process_group)
     where = torch.cuda.get_device_name() if device().type == "cuda" else "CPU"
-    say(f"{', '.join(versions)}; {world_size()} x {where}, {args.workers} workers each")
+    say(f"{versions()}; {world_size()} x {where}, {args.workers} workers each")
     say("options: " + ", ".join(f"{k} {v}" for k, v in vars(args).items() if v not in ("", None)))
     say(f"data: {len(videos)} videos, {videos.root}")
     return args, videos
+
+
+def versions():
+    """Of the packages that a result may depend on."""
+    return ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, av, np))
+
+
+def _as_trained(args):
+    """Fill in what an evaluation does not say, from the settings in the weights' file."""
+    args.weights_hash = ""
+    settings = {"backbone": "slow_r50", "frames": 8, "stride": 8, "size": 224}
+    if not args.data:
+        settings = {"backbone": "tiny", "frames": 8, "stride": 4, "size": 32}
+    if args.weights not in ("", "random"):
+        try:
+            content, data = _read(args.weights), Path(args.weights).read_bytes()
+        except ValueError as error:
+            fail(error)
+        args.weights_hash = hashlib.sha256(data).hexdigest()[:16]
+        saved = content.get("config") or content.get("args") or {}
+        settings |= {name: saved[name] for name in settings if name in saved}
+    for name, value in settings.items():
+        setattr(args, name, getattr(args, name) or value)
+    sides = [round(args.size * side / 224) for side in (256, 320)]  # of a video, for a crop of 224
+    args.short_side, args.test_size = tuple(sides), args.test_size or sides[0]
+    name = Path(args.weights).resolve().parent.name if args.weights_hash else args.weights
+    args.out = args.out or f"out/{args.method}-{name or 'scratch'}"
 
 
 def _parse(recipe, argv):
     doc, form = inspect.getmodule(recipe).__doc__, argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
     parser.error = fail
-    meaning = {}
-    for lines in (recipe, _Flags):
-        words = re.findall(r"^    (\w+) = .*?  # (.+)$", inspect.getsource(lines), re.MULTILINE)
-        meaning |= {name: (text, *vars(lines)[name]) for name, text in words}
-    for name, (text, paper, demo) in meaning.items():
-        kind = float if paper is None else type(paper)
-        how = {"action": "store_true"} if kind is bool else {"type": kind, "metavar": "X"}
-        if kind is tuple:
-            how = {"type": type(paper[0]), "nargs": "+", "metavar": "X"}
-        text += f" [{paper}; {demo}]" if paper != demo else f" [{paper}]" if paper else ""
-        parser.add_argument(
-            "--" + name.replace("_", "-"), default=None, help=text.replace("%", "%%"), **how
-        )
+    flags = {}
+    for lines in (recipe, _Flags, *[_Pretraining] * hasattr(recipe, "rho")):
+        title = f"{lines.__name__.strip('_').lower()}: meaning [paper's default; demo's]"
+        group, source = parser.add_argument_group(title), inspect.getsource(lines)
+        for name, text in re.findall(r"^    (\w+) = .*?  # (.+)$", source, re.MULTILINE):
+            paper, demo = vars(lines)[name]
+            kind = float if paper is None else type(paper)
+            how = {"type": kind, "metavar": "X"}
+            if kind is tuple:
+                how = {"type": type(paper[0]), "nargs": "+", "metavar": "X"}
+            elif kind is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            default = f" [{paper}; {demo}]" if paper != demo else f" [{paper}]" if paper else ""
+            flag = "--" + name.replace("_", "-")
+            group.add_argument(flag, help=(text + default).replace("%", "%%"), **how)
+            flags[name] = text, paper, demo
     args = parser.parse_args(argv)
-    for name, (text, paper, demo) in meaning.items():
+    small = not args.data or getattr(args, "small", False)
+    for name, (text, paper, demo) in flags.items():
         if getattr(args, name) is None:
-            setattr(args, name, demo if args.small or not args.data else paper)
-        value, zero, most = getattr(args, name), "0 = " in text, 1 if "1 = " in text else math.inf
-        if type(value) in (int, float) and not (
-            0 < value <= most and value < math.inf or value == 0 and zero
-        ):
-            limits = ("0 or more" if zero else "above 0") + ", at most 1" * (most == 1)
+            setattr(args, name, demo if small else paper)
+        value, most = getattr(args, name), 1 if ", 1 = " in text else math.inf
+        least = -1 if "-1 = " in text else 0 if "0 = " in text else 1e-12
+        if type(value) in (int, float) and not (least <= value <= most and value < math.inf):
+            limits = (f"{least} or more" if least < 1e-12 else "above 0") + ", at most 1" * (
+                most == 1
+            )
             fail(f"--{name.replace('_', '-')} must be {limits}, not {value}")
     return args
 
@@ -127,6 +172,7 @@ def _check(args, n):
     """Refuse settings that cannot work before anything long starts; n: number of videos."""
     ranks, batch = world_size(), args.batch_size
     near = max(2, round(batch / ranks)) * ranks
+    cards = torch.cuda.device_count() or ranks
     for wrong, words in [
         (args.backbone not in _BACKBONES, f"backbone {args.backbone}: one of {[*_BACKBONES]}"),
         (args.optimizer not in _OPTIMIZERS, f"optimizer {args.optimizer}: one of {_OPTIMIZERS}"),
@@ -135,6 +181,7 @@ def _check(args, n):
         (batch % ranks, f"batch-size {batch} does not divide by {ranks} processes; try {near}"),
         (batch < 2 * ranks, f"batch-size {batch}: each of {ranks} processes needs 2 videos for BN"),
         (batch > n, f"batch-size {batch}: there are only {n} videos"),
+        (int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > cards, f"nproc_per_node: only {cards} GPUs"),
     ]:
         if wrong:
             fail(f"--{words}")
@@ -174,26 +221,18 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous()
-        dist.all_reduce(grad)  # each rank has the whole loss: the sum is W times its gradient
-        return grad.chunk(world_size())[rank()]
-
-
 def gather(x):
     """(B, ...) of each rank -> (W * B, ...) on every rank, rank-major.
 
-    The gradient is exact: after DDP's mean over ranks it is that of the loss on the joint batch.
+    The gradient is exact: if each rank computes the same loss of all of it, then after DDP's mean
+    over ranks it is that of the loss on the joint batch.
     """
-    return _Gather.apply(x.contiguous()) if world_size() > 1 else x
+    if world_size() == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x.detach().contiguous())
+    parts[rank()] = x + (world_size() - 1) * (x - x.detach())  # = x, W times its gradient
+    return torch.cat(parts)
 
 
 def distribute(model, args):
@@ -224,11 +263,11 @@ class Videos:
     """The videos of a folder (at any depth; the folder they lie in is the class) or of a text list.
 
     Nothing is opened. The paths are one array of bytes: a million Python strings would be copied
-    into each worker, page by page, as their reference counts change. labels: (n,), -1 for none;
-    classes: their names; hash: of paths and labels.
+    into each worker, page by page, as their reference counts change. labels: (n,), -1 for none,
+    counted along classes, their sorted names unless given; hash: of paths and labels.
     """
 
-    def __init__(self, source):
+    def __init__(self, source, classes=None):
         rows = list(_rows(Path(source)))
         if not rows:
             fail(f"no videos in {source} (looked for {' '.join(sorted(_SUFFIXES))})")
@@ -236,7 +275,10 @@ class Videos:
         names = [os.fsencode(name) for name, _ in rows]
         self._ends = np.cumsum([len(name) for name in names])
         self._bytes = np.frombuffer(b"".join(names), dtype=np.uint8)
-        self.classes = sorted({label for _, label in rows} - {""})
+        found = sorted({label for _, label in rows} - {""})
+        self.classes = found if classes is None else classes
+        if unknown := set(found) - set(self.classes):
+            fail(f"{source} has a class that the training videos lack: {min(unknown)}")
         number = {label: i for i, label in enumerate(["", *self.classes], start=-1)}
         self.labels = np.array([number[label] for _, label in rows])
         self.hash = hashlib.sha256(self._bytes.tobytes() + self.labels.tobytes()).hexdigest()[:16]
@@ -246,7 +288,8 @@ class Videos:
 
     def __getitem__(self, i):
         begin = self._ends[i - 1] if i else 0
-        return os.path.join(self.root, os.fsdecode(self._bytes[begin : self._ends[i]].tobytes()))
+        name = os.fsdecode(self._bytes[begin : self._ends[i]].tobytes())  # IndexError at the end
+        return os.path.join(self.root, name)
 
 
 def _rows(source):
@@ -407,8 +450,7 @@ def demo_videos(folder, seed=0, scenes=4, train=400, val=200):
     jobs += [(building / "val", i, (seed, 1, i), scenes) for i in range(val)]
     try:
         with ProcessPoolExecutor(len(os.sched_getaffinity(0)), initializer=_quiet) as pool:
-            work = pool.map(_write_acrobat, jobs, chunksize=8)
-            list(tqdm(work, total=len(jobs), disable=not sys.stderr.isatty()))
+            list(tqdm(pool.map(_write_acrobat, jobs, chunksize=8), total=len(jobs), disable=None))
         if not folder.exists():  # another machine on the same disk may have been faster
             building.rename(folder)
     except OSError as error:
@@ -472,10 +514,7 @@ _MEAN, _STD = 0.45, 0.225  # of every channel (DEF:687)
 
 
 def _operators(args):
-    """What a worker does (crop, resize) and what the device does; strengths of TRF:1073.
-
-    Each draws once for all frames of a clip.
-    """
+    """What crops a decoded clip, and what follows; each draws once for all frames (TRF:1073)."""
     names = set(args.augment.split(",")) - {"none"}
     table = {
         "flip": v2.RandomHorizontalFlip(0.5),
@@ -486,45 +525,61 @@ def _operators(args):
     if unknown := names - {"crop", *table}:
         fail(f"--augment {min(unknown)} is none of crop, {', '.join(table)}, none")
     crop = v2.Compose([v2.Resize(args.size), v2.CenterCrop(args.size)])
-    if "crop" in names:
+    if "crop" in names and "crop_area" in args:
         crop = v2.RandomResizedCrop(args.size, scale=args.crop_area, ratio=(3 / 4, 4 / 3))
+    elif "crop" in names:
+        crop = v2.RandomCrop(args.size)
     return crop, [operator for name, operator in table.items() if name in names]
 
 
-class _Clips(Dataset):
-    """The cropped views of a video. All randomness comes from (seed, epoch, index) alone."""
+def _batch(args, videos, sample_clips, on_cpu, step):
+    """This rank's part, a contiguous slice, of the batch of a step, in a worker.
 
-    def __init__(self, args, videos, sample_clips):
-        self.args, self.videos, self.sample_clips = args, videos, sample_clips
-        self.crop, _ = _operators(args)
+    Returns views (B, V, ...), seeds (B, V), starts (B, V), numbers of the videos (B,), and the
+    reasons of bad ones. Views are (T, 3, H, W) uint8, or (3, T, H, W) float32 where there is no GPU
+    to finish them.
+    """
+    epoch, i = divmod(step, len(videos) // args.batch_size)
+    order = np.random.default_rng((args.seed, epoch)).permutation(len(videos))
+    share = args.batch_size // world_size()
+    begin = i * args.batch_size + rank() * share
+    crop, rest = _operators(args)
+    bad, items = [], []
+    for video in order[begin : begin + share]:
+        items.append(_views(args, videos, sample_clips, crop, (epoch, int(video)), bad))
+        if items[-1] is None:
+            return None, None, None, None, bad
+    views, seeds, starts, numbers = (default_collate(column) for column in zip(*items, strict=True))
+    return _augment(views, seeds, rest) if on_cpu else views, seeds, starts, numbers, bad
 
-    def __getitem__(self, key):
-        """(epoch, index) -> views (V, T, 3, H, W) uint8, seeds (V,), starts (V,), index, bad."""
-        args, bad, starts = self.args, [], []
-        for attempt in range(20):  # a bad video is replaced, by the same one for the same seed
-            rng = np.random.default_rng((args.seed, *key, attempt))
-            index = key[1] if attempt == 0 else int(rng.integers(len(self.videos)))
 
-            def choose(duration, rng=rng):
-                span = args.frames * args.stride / 30
-                starts[:] = self.sample_clips(duration, span, args.rho, args.timespan, rng)
-                return starts
+def _views(args, videos, sample_clips, crop, key, bad):
+    """The cropped views of a video; all randomness comes from the seed and the key (epoch, number).
 
-            try:  # 224 pixels are cropped out of 256
-                size = round(args.size * 256 / 224)
-                clips = read_clips(self.videos[index], choose, args.frames, args.stride, size)
-            except ValueError as error:
-                bad.append(str(error))
-                continue
-            clips = torch.from_numpy(clips.copy()).permute(0, 1, 4, 2, 3)  # (rho, T, 3, H, W)
-            clips = clips.expand(args.views, *clips.shape[1:])  # rho = 1: one clip, cropped twice
-            seeds = torch.from_numpy(rng.integers(2**62, size=(2, args.views)))
-            with torch.random.fork_rng(devices=[]):
-                views = [
-                    _draw([self.crop], clip, s) for clip, s in zip(clips, seeds[0], strict=True)
-                ]
-            return torch.stack(views), seeds[1], torch.tensor(starts).expand(args.views), index, bad
-        return None, None, None, None, bad
+    A bad video is replaced by the same other one for the same seed, and bad gets the reason.
+    """
+    for attempt in range(20):
+        rng, starts = np.random.default_rng((args.seed, *key, attempt)), []
+        number = key[1] if attempt == 0 else int(rng.integers(len(videos)))
+
+        def choose(duration, rng=rng, starts=starts):
+            rho, timespan = getattr(args, "rho", 1), getattr(args, "timespan", None)
+            span = args.frames * args.stride / 30
+            starts += sample_clips(duration, span, rho, timespan, rng)
+            return starts
+
+        size = int(rng.integers(args.short_side[0], args.short_side[-1], endpoint=True))
+        try:
+            clips = read_clips(videos[number], choose, args.frames, args.stride, size)
+        except ValueError as error:
+            bad.append(str(error))
+            continue
+        clips = torch.from_numpy(clips.copy()).permute(0, 1, 4, 2, 3)  # (rho, T, 3, H, W)
+        clips = clips.expand(args.views, *clips.shape[1:])  # rho = 1: one clip, cropped twice
+        seeds = torch.from_numpy(rng.integers(2**62, size=(2, args.views)))
+        with torch.random.fork_rng(devices=[]):
+            views = [_draw([crop], *pair) for pair in zip(clips, seeds[0], strict=True)]
+        return torch.stack(views), seeds[1], torch.tensor(starts).expand(args.views), number
 
 
 def _draw(operators, clip, seed):
@@ -532,13 +587,6 @@ def _draw(operators, clip, seed):
     for operator in operators:
         clip = operator(clip)
     return clip
-
-
-def _collate(items):
-    """Stack the items but the lists of bad videos, which are joined; all None if one has failed."""
-    *rest, bad = zip(*items, strict=True)
-    failed = any(index is None for index in rest[-1])
-    return *(None if failed else default_collate(column) for column in rest), sum(bad, [])
 
 
 def _augment(views, seeds, operators):
@@ -550,46 +598,36 @@ def _augment(views, seeds, operators):
     return ((views - _MEAN) / _STD).transpose(2, 3)
 
 
-def _show_views(args, views, seeds, starts):
+def _show_views(args, clips, starts):
     """Write a picture of up to 4 videos: a row for each view, a column for each frame."""
-    clips = _augment(views[:4], seeds[:4], _operators(args)[1]) * _STD + _MEAN
-    pictures = (clips.transpose(2, 3).clamp(0, 1) * 255).to(torch.uint8).flatten(0, 2)
+    pictures = (clips[:4] * _STD + _MEAN).transpose(2, 3).clamp(0, 1).flatten(0, 2)
     pictures = F.interpolate(pictures, scale_factor=math.ceil(96 / args.size))
     times = starts[:4].flatten()[:, None] + torch.arange(args.frames) * args.stride / 30
     corner, mark = torch.tensor([[0, 0, 1, 1]]), torchvision.utils.draw_bounding_boxes
-    pairs = zip(pictures, times.flatten(), strict=True)
-    marked = [mark(picture, corner, [f"{seconds:.2f} s"]) / 255 for picture, seconds in pairs]
-    grid = torchvision.utils.make_grid(marked, nrow=args.frames)
+    pairs = zip(pictures.cpu(), times.flatten(), strict=True)
+    marked = [mark(picture, corner, [f"{seconds:.2f} s"]) for picture, seconds in pairs]
     try:
-        torchvision.utils.save_image(grid, args.show_views, format="png")
+        torchvision.utils.save_image(marked, args.show_views, nrow=args.frames, format="png")
     except OSError as error:
         fail(f"--show-views {args.show_views}: {error.strerror}")
-    say(f"wrote {args.show_views}: {len(views[:4])} videos, {args.views} views each")
+    say(f"wrote {args.show_views}: {len(clips[:4])} videos, {args.views} views each")
 
 
 def _check_data(args, videos):
-    """Read the ends of every video, name those that cannot be read, list the others, and stop."""
+    """Read two places of every video, name those that cannot be read, list the others, and stop."""
     labels, clean = ["", *videos.classes], Path(args.out, "clean.txt")
-    clean.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        ProcessPoolExecutor(args.workers or 1, initializer=_quiet) as pool,
-        open(clean, "w") as file,
-    ):
-        problems = tqdm(pool.map(_problem, videos), total=len(videos), disable=None)
-        for path, label, problem in zip(videos, videos.labels, problems, strict=True):
-            if problem:
-                say(f"bad: {problem}")
-            else:
-                file.write(f"{os.path.abspath(path)}\t{labels[label + 1]}".rstrip("\t") + "\n")
-    say(f"the videos that can be read are listed in {clean}")
-    sys.exit(0)
-
-
-def _problem(path):
+    rows, problems = evaluate(args, videos, lambda x: torch.zeros(1), clips=2)
+    for problem in problems:
+        say(f"bad: {problem}")
+    good = torch.nonzero(rows.isfinite())[:, 0].tolist()
+    lines = [f"{os.path.abspath(videos[i])}\t{labels[videos.labels[i] + 1]}" for i in good]
     try:
-        read_clips(path, lambda duration: [0.0, duration], frames=1, stride=1)
-    except ValueError as error:
-        return str(error)
+        clean.parent.mkdir(parents=True, exist_ok=True)
+        clean.write_text("".join(line.rstrip("\t") + "\n" for line in lines))
+    except OSError as error:
+        fail(f"{clean}: {error.strerror}")
+    say(f"{len(good)} of {len(videos)} videos can be read, a list: {clean}")
+    sys.exit(0)
 
 
 def _quiet(_=None):
@@ -648,7 +686,7 @@ class _Bottleneck(nn.Module):
 
 
 def _slow_r50():
-    """The Slow pathway of SlowFast on ResNet-50: no stride in time, 3x1x1 in the last two stages."""
+    """SlowFast's Slow pathway on ResNet-50: no stride in time, 3x1x1 in the last two stages."""
     conv, pool = _conv(3, 64, (1, 7, 7), (1, 2, 2)), nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
     stem = OrderedDict(conv=conv, bn=nn.BatchNorm3d(64), relu=nn.ReLU(inplace=True), pool=pool)
     stages = {"s1": nn.Sequential(OrderedDict(pathway0_stem=nn.Sequential(stem)))}
@@ -674,7 +712,32 @@ def _tiny():
     return _Backbone(inputs, stages)
 
 
-_BACKBONES = {"slow_r50": _slow_r50, "tiny": _tiny}
+def _r2plus1d_18():
+    """torchvision's R(2+1)D-18, 31.3 M parameters (the study's table says 15.4 M)."""
+    stages = dict(torchvision.models.video.r2plus1d_18().named_children())
+    return _Backbone(stages["fc"].in_features, [*stages.items()][:-2])  # less avgpool and fc
+
+
+def _s3d(gated=False):
+    """torchvision's S3D; gated, S3D-G: each branch's channels times a sigmoid of their averages."""
+    network = torchvision.models.video.s3d()
+    for block in network.features if gated else []:
+        for name, branch in [*block.named_children()] if hasattr(block, "branch0") else []:
+            setattr(block, name, nn.Sequential(branch, _Gate(_norms(branch)[-1].num_features)))
+    return _Backbone(network.classifier[1].in_channels, network.features.named_children())
+
+
+class _Gate(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv3d(width, width, 1)
+
+    def forward(self, x):
+        return x * self.conv(x.mean(dim=(2, 3, 4), keepdim=True)).sigmoid()
+
+
+_BACKBONES = {"slow_r50": _slow_r50, "r2plus1d_18": _r2plus1d_18, "s3d": _s3d}
+_BACKBONES |= {"s3d_g": partial(_s3d, gated=True), "tiny": _tiny}
 
 
 def backbone(name):
@@ -732,6 +795,85 @@ def _norms(network):
     return [m for m in network.modules() if isinstance(m, _BatchNorm)]
 
 
+# --- weights
+
+
+def _read(path):
+    """What a file of torch.save holds, on the CPU, without running code; ValueError, one line."""
+    try:
+        if str(path).endswith(".pkl"):
+            raise ValueError("a caffe2 pickle of SlowFast's model zoo, which PyTorch cannot read")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch has no common class for what a damaged file raises
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise ValueError(f"cannot read {path}: {reason}") from None
+
+
+def _write(path, content):
+    """Atomic: whoever reads, or a kill at any moment, finds the old file or the new one."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's writer
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {error}; the last good one is as it was", code=1)
+
+
+_PREFIXES = ["", "backbone.", "encoder.backbone.", "features.", "module."]  # of the files we read
+_PYTORCHVIDEO = {  # its names -> the released code's
+    r"^blocks\.0\.conv\.": "s1.pathway0_stem.conv.",
+    r"^blocks\.0\.norm\.": "s1.pathway0_stem.bn.",
+    r"^blocks\.(\d)\.res_blocks\.(\d)\.": lambda m: f"s{int(m[1]) + 1}.pathway0_res{m[2]}.",
+    r"(branch.)_conv\.": r"\1.",
+    r"(branch.)_norm\.": r"\1_bn.",
+    r"conv_([abc])\.": r"\1.",
+    r"norm_([abc])\.": r"\1_bn.",
+}
+
+
+def load(network, args):
+    """load_weights from --weights, in words; "random" and "" leave a network as it is."""
+    if not args.weights_hash:
+        return say(f"WARN the backbone starts from random weights (seed {args.seed})")
+    try:
+        count = load_weights(network, args.weights)
+    except ValueError as error:
+        fail(error)
+    say(f"weights: {count} of {count} backbone tensors from {args.weights}")
+
+
+def load_weights(network, path):
+    """Load a backbone: from our backbone.pth or last.pth, the released contrastive .pyth (its query
+    network) or classifier, pytorchvideo's slow_r50, torchvision's r2plus1d_18 or s3d.
+
+    Returns the number of tensors, all of the backbone's, or raises ValueError, one line.
+    """
+    content = _read(path)
+    for key in ("model_state", "state_dict", "model"):
+        content = content[key] if isinstance(content, dict) and key in content else content
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no state dict")
+    for pattern, name in _PYTORCHVIDEO.items() if any("res_blocks" in k for k in content) else []:
+        content = {re.sub(pattern, name, key): value for key, value in content.items()}
+    wanted, found = network.state_dict(), {}
+    for prefix in _PREFIXES:
+        here = {k: content[prefix + k] for k in wanted if prefix + k in content}
+        found = max(found, here, key=len)
+    for name, tensor in wanted.items():
+        if name not in found or found[name].shape != tensor.shape:
+            reason = f"of shape {(*found[name].shape,)}" if name in found else "missing"
+            part = f"{len(found)} of the backbone's {len(wanted)} tensors"
+            raise ValueError(f"{path} has {part}; {name} is {reason}")
+        if not torch.isfinite(found[name]).all():
+            raise ValueError(f"{path}: {name} is not finite")
+    network.load_state_dict(found)
+    return len(found)
+
+
 # --- optimizer
 
 _OPTIMIZERS = ["lars", "sgd", "adamw"]
@@ -781,37 +923,109 @@ def make_optimizer(model, args):
 
 def learning_rate(args, epoch):
     """At a fractional epoch: half a cosine over the run, a linear warm-up to meet it (LRP:9)."""
-    peak = args.lr * args.batch_size * args.views / 128
+    peak = args.lr * args.batch_size / 64 * max(1, args.views / 2)
     high = peak * 0.5 * (1 + math.cos(math.pi * max(epoch, args.warmup_epochs) / args.epochs))
     if epoch >= args.warmup_epochs:
         return high
     return high * (0.001 + 0.999 * epoch / args.warmup_epochs)
 
 
-# --- checkpoint
+# --- evaluation
 
 
-def _save(path, content):
-    """Atomic: whoever reads, or a kill at any moment, finds the old file or the new one."""
-    temporary = Path(f"{path}.tmp")
+def evaluate(args, videos, network, clips, crops=1, which=None):
+    """What a network makes of each video's test views (clips * crops, 3, T, H, W), as it is.
+
+    Clips start at 0, 1/clips, ... of the last possible start (KIN:217), crops lie evenly along the
+    long side. which: numbers of videos, all by default. Each is read once, on one rank. Returns, on
+    every rank, rows (n, ...) float32 on the CPU, in order, and why videos could not be read: that
+    ends the run if args.allow_missing is False, else the row is NaN.
+    """
+    which = range(len(videos)) if which is None else which
+    views = partial(_test_views, args, videos, clips, crops)
+    loader = DataLoader(which[rank() :: world_size()], None, collate_fn=views, **_workers(args))
+    rows, problems = {}, []
+    for i, x, problem in loader:
+        if problem:
+            problems.append(problem)
+            if not getattr(args, "allow_missing", True):
+                fail(f"{problem}; --allow-missing leaves such videos out")
+            continue
+        x = (x.to(device()) / 255 - _MEAN) / _STD
+        with torch.no_grad(), autocast():
+            rows[i] = network(x.contiguous(memory_format=torch.channels_last_3d)).float().cpu()
+    parts = [(rows, problems)] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(parts, (rows, problems))
+    rows = {i: row for part, _ in parts for i, row in part.items()}
+    problems = [problem for _, part in parts for problem in part]
+    if not rows:
+        fail(f"none of {len(which)} videos can be read; the first: {problems[0]}")
+    nothing = torch.full_like(next(iter(rows.values())), math.nan)
+    return torch.stack([rows.get(i, nothing) for i in which]), problems
+
+
+def _test_views(args, videos, clips, crops, i):
+    size, span = getattr(args, "test_size", args.size), args.frames * args.stride / 30
+    shares = np.arange(clips) / clips
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's writer
-        temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {error}; the last good one is as it was", code=1)
+        x = read_clips(
+            videos[i],
+            lambda seconds: shares * max(0, seconds - span),
+            args.frames,
+            args.stride,
+            size,
+        )
+    except ValueError as error:
+        return i, None, str(error)
+    x = torch.from_numpy(x.copy()).permute(0, 4, 1, 2, 3)  # (clips, 3, T, H, W)
+    long = 3 if x.shape[3] > x.shape[4] else 4
+    at = np.linspace(0, 1, crops) if crops > 1 else [0.5]
+    cuts = [x.narrow(long, round(share * (x.shape[long] - size)), size) for share in at]
+    return i, torch.cat(cuts), None
 
 
-def _load(path):
-    """What a file holds, on the CPU; never runs code from it."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has no common class for what a damaged file raises
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-        fail(f"cannot read {path}: {reason}; move it away, or choose another --out")
+def knn(bank, bank_labels, queries, labels, k=20, temperature=0.07):
+    """Percent of queries (m, D) whose label wins a vote of the k nearest of a bank (n, D): cosine
+    similarity s, weight exp(s / temperature)."""
+    bank, right = F.normalize(bank, dim=-1), 0
+    for part, label in zip(F.normalize(queries, dim=-1).split(256), labels.split(256), strict=True):
+        near, index = (part @ bank.T).topk(min(k, len(bank)), dim=-1)  # (256, k)
+        votes = torch.zeros(len(part), int(bank_labels.max()) + 1)
+        votes.scatter_add_(1, bank_labels[index], (near / temperature).exp())
+        right += (votes.argmax(-1) == label).sum().item()
+    return 100 * right / len(queries)
+
+
+def _held_out(videos):
+    """[(videos, numbers)] of a bank and of queries for kNN, at most 4000 and 1000 of them.
+
+    Queries are of the sibling folder `val` of a folder `train`, else every fifth labelled video.
+    """
+    root, labelled = Path(videos.root), np.flatnonzero(videos.labels >= 0)
+    other, fifth = videos, np.arange(len(labelled)) % 5 == 0
+    bank, queries = labelled[~fifth], labelled[fifth]
+    if root.name == "train" and root.with_name("val").is_dir():
+        other = Videos(root.with_name("val"), videos.classes)
+        bank, queries = labelled, np.flatnonzero(other.labels >= 0)
+    if not len(bank) or not len(queries):
+        say("WARN no labels (class folders, or lines of path<TAB>label): no kNN accuracy")
+        return []
+    parts = [(videos, bank, 4000), (other, queries, 1000)]
+    return [
+        (v, n[np.linspace(0, len(n) - 1, min(len(n), most)).astype(int)]) for v, n, most in parts
+    ]
+
+
+def autocast():
+    """bfloat16 on CUDA, float32 on a CPU (where bfloat16 is slow)."""
+    return torch.autocast(device().type, torch.bfloat16, enabled=device().type == "cuda")
+
+
+def _workers(args):
+    """Of a DataLoader: its processes, and whether they pin memory for the GPU."""
+    how = dict(num_workers=args.workers, timeout=600 if args.workers else 0)
+    return dict(worker_init_fn=_quiet, pin_memory=device().type == "cuda", **how)
 
 
 # --- loop
@@ -820,50 +1034,61 @@ def _load(path):
 class _Run:
     """A training run as a script sees it, one step after the other.
 
-    clips: (B, V, 3, T, H, W) float32; epoch: fractional, before this step; progress: the share of
-    the run that is over after this step, 1 at the last.
+    clips: (B, V, 3, T, H, W) float32; labels: (B,), -1 for none; epoch: fractional, before this
+    step; progress: the share of the run that is over after this step, 1 at the last.
     """
+
+    autocast = staticmethod(autocast)
 
     def __init__(self, args, videos, model, optimizer, chance):
         self.args, self.videos, self.chance = args, videos, chance
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.rest = model, optimizer, _operators(args)[1]
+        self.held_out = _held_out(videos) if getattr(args, "knn_every", 0) else []
         self.steps_per_epoch = len(videos) // args.batch_size
         self.total = args.epochs * self.steps_per_epoch
         self.last = min(self.total, args.max_steps or self.total)
         self.number, self.file = 0, None  # of steps done; the log
         self.skipped = self.in_a_row = 0  # steps that were not finite
-        self.bad = []  # reasons of the videos that could not be read
-        self.losses = []  # since the last line of the log
+        self.bad, self.losses = [], []  # reasons of bad videos; since the last line of the log
         self.lines, self.warned = [], set()  # (loss, feature std, wait) of each line; warnings said
         self.waited, self.since, self.saved = 0.0, time.monotonic(), time.monotonic()
         self.asked = self.stop = False  # by a signal to this rank; agreed by all
-        self.operators = _operators(args)[1]
         self.statistics = [b for norm in _norms(model) for b in norm.buffers()]
         self.before = [b.clone() for b in self.statistics]
 
-    def autocast(self):
-        """bfloat16 on CUDA, float32 on a CPU (where bfloat16 is slow)."""
-        return torch.autocast(device().type, torch.bfloat16, enabled=device().type == "cuda")
+    def announce(self):
+        args, share, pairs = self.args, self.args.batch_size // world_size(), self.args.views / 2
+        say(f"batch: {args.batch_size} videos = {world_size()} x {share}, {args.views} views each")
+        peak = args.lr * args.batch_size / 64 * max(1, pairs)
+        say(f"lr: {args.lr:g} x {args.batch_size} / 64 x {max(1, pairs):g} = {peak:g} at its peak")
+        say(f"chance level of the loss: {self.chance:.4f}")
 
-    def begin(self, views, seeds, _, indices, bad):
-        for reason in bad:
-            if reason not in self.bad:
-                print(f"WARN bad video, another is taken: {reason}", file=sys.stderr, flush=True)
-                self.bad.append(reason)
-        if indices is None or len(bad) > max(10, len(indices)):
+    def begin(self, views, seeds, starts, numbers, bad):
+        self.note(bad)
+        if views is None or len(bad) > max(10, len(views)):
             fail(f"most videos cannot be read; the first: {self.bad[0]}")
-        self.indices = indices
-        self.clips = _augment(views.to(device(), non_blocking=True), seeds, self.operators)
+        self.numbers, self.starts = numbers, starts
+        views = views.to(device(), non_blocking=True)
+        self.clips = views if views.is_floating_point() else _augment(views, seeds, self.rest)
+        self.labels = torch.from_numpy(self.videos.labels)[numbers].to(device())
         self.epoch = self.number / self.steps_per_epoch
         self.progress = (self.number + 1) / self.total
+        self.ends_epoch = (self.number + 1) % self.steps_per_epoch == 0
         self.lr = learning_rate(self.args, self.epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         torch._foreach_copy_(self.before, self.statistics)
 
+    def note(self, bad):
+        """Name each bad video once."""
+        for reason in dict.fromkeys(bad):
+            if reason not in self.bad:
+                print(f"WARN bad video, left out: {reason}", file=sys.stderr, flush=True)
+                self.bad.append(reason)
+
     def update(self, loss, features, **more):
-        """The optimizer's step, if loss and gradients are finite on all ranks; else gradients and BN
-        statistics are put back. features: (B, V, D) and more (numbers) are for the log. Returns
+        """The optimizer's step, if loss and gradients are finite on all ranks; else gradients and
+        BN statistics are put back. features: (B, V, D) and more (numbers) are for the log. Returns
         whether the step was taken.
         """
         weights = [w for group in self.optimizer.param_groups for w in group["params"]]
@@ -879,7 +1104,7 @@ class _Run:
         if unfit:
             torch._foreach_copy_(self.statistics, self.before)
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-            names = ", ".join(self.videos[int(i)] for i in self.indices[:3])
+            names = ", ".join(self.videos[int(i)] for i in self.numbers[:3])
             say(f"WARN step {self.number + 1} is not finite, all is put back; it had {names} ...")
             if self.in_a_row == 10:
                 fail(f"10 such steps in a row; {self.args.out}/last.pth is from before", code=1)
@@ -891,38 +1116,36 @@ class _Run:
 
     def end(self):
         self.number += 1
-        if self.number % self.args.log_every == 0 or self.number == self.total:
+        epochs, part = divmod(self.number, self.steps_per_epoch)
+        for buffer in [] if part or world_size() == 1 else self.statistics:
+            dist.broadcast(buffer, 0)  # what is saved and evaluated is rank 0's
+        every = self.held_out and self.args.knn_every
+        if every and not part and (epochs % every == 0 or self.number == self.total):
+            self.log(knn_top1=self.monitor())
+        elif self.number % self.args.log_every == 0 or self.number == self.total:
             self.log()
-        whole = self.number % self.steps_per_epoch == 0
-        if whole or self.stop or self.number == self.last or time.monotonic() - self.saved > 600:
+        over = not part or self.stop or self.number == self.last
+        if over or time.monotonic() - self.saved > 600:
             self.save()
         if self.number == self.last and self.losses:
             self.log()  # part of an interval; a resume cuts it off, and writes the whole one
 
-    def log(self):
+    def log(self, **more):
         """A line of JSON, the same on the screen, and a warning if a number looks wrong."""
         unit = F.normalize(self.features.float(), dim=-1).flatten(0, 1)  # (B * V, D)
         spread = unit.std(dim=0).mean().item() * unit.shape[1] ** 0.5
         seconds, steps = time.monotonic() - self.since, max(1, len(self.losses))
-        entry = {
-            "step": self.number,
-            "epoch": self.number / self.steps_per_epoch,
-            "loss": sum(self.losses) / steps,
-            "chance": self.chance,
-            "lr": self.lr,
-            "feature_std": spread,
-            **self.more,
-            "bad_videos": len(self.bad),
-            "skipped_steps": self.skipped,
-            "videos_per_second": steps * self.args.batch_size / seconds,
-            "data_wait": min(1.0, self.waited / seconds),
-        }
+        loss, wait = sum(self.losses) / steps, min(1.0, self.waited / seconds)
+        entry = {"step": self.number, "epoch": self.number / self.steps_per_epoch, "loss": loss}
+        entry |= {"chance": self.chance, "lr": self.lr, "feature_std": spread, **self.more, **more}
+        entry |= {"bad_videos": len(self.bad), "skipped_steps": self.skipped, "data_wait": wait}
+        entry |= {"videos_per_second": steps * self.args.batch_size / seconds}
         entry = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in entry.items()}
         if rank() == 0:
             self.file.write(json.dumps(entry).encode() + b"\n")
             self.file.flush()
         say(json.dumps(entry))
-        self.lines.append((entry["loss"] / self.chance, spread, entry["data_wait"]))
+        self.lines.append((loss / self.chance, spread, wait))
         self.losses, self.waited, self.since = [], 0.0, time.monotonic()
         self.warn(*zip(*self.lines[-10:], strict=True))
 
@@ -937,6 +1160,19 @@ class _Run:
                 self.warned.add(words)
                 say(f"WARN {words} (see the README)")
 
+    def monitor(self):
+        """kNN accuracy of the backbone, in percent; see held_out."""
+        network = self.model.encoder.backbone.eval()
+        sides = []
+        for videos, which in self.held_out:
+            rows, bad = evaluate(self.args, videos, network, clips=2, which=which)
+            self.note(bad if rank() == 0 else [])
+            rows = rows.mean(1)  # (n, D): the views are averaged
+            read = rows.isfinite().all(-1)
+            sides += [rows[read], torch.from_numpy(videos.labels)[which][read]]
+        network.train(self.model.training)
+        return knn(*sides)
+
     def save(self):
         """last.pth, all that a resume needs, and backbone.pth, what others load. Rank 0 writes."""
         self.saved = time.monotonic()
@@ -945,16 +1181,11 @@ class _Run:
         net, path = self.model.encoder.backbone, f"{self.args.out}/"
         state = {name: tensor.cpu() for name, tensor in net.state_dict().items()}
         config = {**vars(self.args), "step": self.number, "feature_dim": net.feature_dim}
-        _save(path + "backbone.pth", {"state_dict": state, "config": config})
+        _write(path + "backbone.pth", {"state_dict": state, "config": config})
         content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         content |= {name: getattr(self, name) for name in ("number", "losses", "skipped", "bad")}
         content |= {"args": vars(self.args), "log_bytes": self.file.tell()}
-        _save(path + "last.pth", content)
-
-    def close(self):
-        """Let another run have the folder."""
-        if rank() == 0 and self.file:
-            self.file.close()
+        _write(path + "last.pth", content)
 
     def resume(self):
         """Take the output folder for this run; go on from its last.pth if there is one."""
@@ -962,19 +1193,21 @@ class _Run:
         if rank() == 0:
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                self.file = open(path.with_name("log.jsonl"), "ab")  # noqa: SIM115
+                self.file = open(path.with_name("log.jsonl"), "ab")
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                busy = isinstance(error, BlockingIOError)
-                fail(f"{path.parent}: {'another run writes here' if busy else error.strerror}")
-            content = _load(path) if path.exists() else None
+                content = _read(path) if path.exists() else None
+            except BlockingIOError:
+                fail(f"{path.parent}: another run writes here")
+            except (OSError, ValueError) as error:
+                fail(f"{error}; move it away, or choose another --out")
         if world_size() > 1:  # from rank 0: another machine may not see its disk
             box = [content]
             dist.broadcast_object_list(box)
             content = box[0]
         for name, now in vars(self.args).items():
             was = content["args"].get(name) if content else now
-            if was != now and name not in vars(_Flags).keys() - {"seed"}:
+            free = vars(_Flags).keys() | vars(_Pretraining).keys() | {"allow_missing", "finished"}
+            if was != now and name not in free - {"seed"}:
                 what = "data" if name == "data_hash" else name.replace("_", "-")
                 fail(f"{path} was made with --{what} {was}, not {now}; choose another --out")
         if rank() == 0:
@@ -988,28 +1221,26 @@ class _Run:
 
 
 def train(args, videos, model, optimizer, sample_clips, chance):
-    """Yield a run step by step (see _Run): `clips`, `epoch`, `progress`, autocast(), update().
+    """Yield a run step by step (see _Run): `clips`, `labels`, `epoch`, `progress`, autocast(),
+    update().
 
     Owns the rest: order and decoding of the videos, augmentation, learning rate, log, checkpoints,
     resume, signals. chance: the loss of uninformative features.
     """
-    run = _Run(args, videos, model, optimizer, chance)
-    if args.show_views:
-        return _show_views(args, *next(iter(_loader(run, sample_clips)))[:3])
+    args.finished, run = False, _Run(args, videos, model, optimizer, chance)
+    if getattr(args, "show_views", ""):
+        run.begin(*next(iter(_loader(run, sample_clips))))
+        return _show_views(args, run.clips, run.starts)
 
     def request_stop(*_):
         run.asked = True
 
     before = {s: signal.signal(s, request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
-    silent = rank() > 0 or not sys.stderr.isatty()
     try:
         run.resume()
-        views = args.batch_size * args.views
-        say(f"batch: {args.batch_size} videos = {world_size()} x {args.batch_size // world_size()}")
-        say(f"lr: {args.lr:g} x {views} views / 128 = {args.lr * views / 128:g}, {args.optimizer}")
-        say(f"chance level of the loss: {chance:.4f}")
-        batches = iter(_loader(run, sample_clips))
-        for _ in tqdm(range(run.number, run.last), run.args.method, disable=silent):
+        run.announce()
+        batches, silent = iter(_loader(run, sample_clips)), rank() > 0 or not sys.stderr.isatty()
+        for _ in tqdm(range(run.number, run.last), args.method, disable=silent):
             begun = time.monotonic()
             batch = next(batches)
             run.waited += time.monotonic() - begun
@@ -1020,27 +1251,18 @@ def train(args, videos, model, optimizer, sample_clips, chance):
                 say(f"stopped after step {run.number}; the same command goes on from there")
                 return
     finally:
-        run.close()
+        if rank() == 0 and run.file:
+            run.file.close()  # another run may have the folder
         for number, handler in before.items():
             signal.signal(number, handler)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    say(f"done, {run.number} of {run.total} steps: {args.out}/backbone.pth")
-    say(f"evaluate: python eval_linear.py --weights {args.out}/backbone.pth")
+    args.finished = run.number == run.total
+    say(f"done, {run.number} of {run.total} steps: {args.out}/last.pth")
+    if "rho" in args:
+        say(f"evaluate: python eval_linear.py --weights {args.out}/backbone.pth")
 
 
 def _loader(run, sample_clips):
-    """This rank's part, a contiguous slice, of each batch from step run.number on."""
-    args, n = run.args, len(run.videos)
-
-    def batches():
-        share = args.batch_size // world_size()
-        for step in range(run.number, run.last):
-            epoch, i = divmod(step, run.steps_per_epoch)
-            order = np.random.default_rng((args.seed, epoch)).permutation(n)
-            begin = i * args.batch_size + rank() * share
-            yield [(epoch, int(v)) for v in order[begin : begin + share]]
-
-    how = dict(collate_fn=_collate, worker_init_fn=_quiet, timeout=600 if args.workers else 0)
-    how |= dict(num_workers=args.workers, pin_memory=device().type == "cuda")
-    return DataLoader(_Clips(args, run.videos, sample_clips), batch_sampler=batches(), **how)
+    """The batches from step run.number on."""
+    batch = partial(_batch, run.args, run.videos, sample_clips, device().type == "cpu")
+    steps = range(run.number, run.last)
+    return DataLoader(steps, batch_size=None, collate_fn=batch, **_workers(run.args))

@@ -75,10 +75,7 @@ def read_out(weights, data, seed=0):
     shape = (config["frames"], config["stride"], config["size"])
     (x, y), (x_val, y_val) = (extract(backbone, videos, *shape) for videos in sets)
     names = sets[0].classes
-    result = {
-        "knn": knn(x.mean(1), y, x_val.mean(1), y_val),
-        "linear": linear(x, y, x_val, y_val),
-    }
+    result = {"knn": knn(x.mean(1), y, x_val.mean(1), y_val), "linear": linear(x, y, x_val, y_val)}
     for part, name in enumerate(("coat", "trick")):
         words = sorted({label.split("-")[part] for label in names})
         number = torch.tensor([words.index(label.split("-")[part]) for label in names])

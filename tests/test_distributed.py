@@ -124,7 +124,7 @@ def test_same_views_for_all_workers_and_ranks(small):
     ranks = run_ranks(2, _views, base)
     assert len(alone) == 4
     for step, batch in enumerate(alone):
-        assert batch.shape == (6, 3, 4, 3, 16, 16)
+        assert batch.shape == (6, 3, 3, 4, 16, 16)
         np.testing.assert_array_equal(batch, workers[step])
         np.testing.assert_array_equal(batch, np.concatenate([r[step] for r in ranks]))
     assert not any((alone[0] == other).all() for other in alone[1:])
