@@ -52,7 +52,7 @@ class _Flags:  # name = paper, demo  # meaning, as in a recipe; only the seed mo
     seed = 0, 0  # of weights, order of the videos, clips, augmentation; 0 = the usual one
     max_steps = 0, 0  # stop after this many steps in all, the schedule unchanged; 0 = never
     log_every = 10, 10  # steps from one line of the log to the next
-    workers = -1, -1  # decoding processes of a rank, 0 = none, -1 = its cores, at most 16
+    workers = -1, -1  # decoding processes of a rank, 0 = none, -1 = its cores (half on a CPU)
     compile = False, False  # torch.compile the networks
 
 
@@ -87,23 +87,33 @@ def start(recipe, argv=None):
     args.data_hash = videos.hash
     if not pretraining:
         args.val = args.val or os.path.join(root if parted else root.parent, "val")
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    args.workers = min(16, max(1, cores)) if args.workers < 0 else args.workers
+    _take_part(args)
     if pretraining and args.check_data:
         _check_data(args, videos)
     _check(args, len(videos))
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.benchmark = True
-    if device().type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device().type == "cuda" else "gloo")
-        atexit.register(dist.destroy_process_group)
     where = torch.cuda.get_device_name() if device().type == "cuda" else "CPU"
     say(f"{versions()}; {world_size()} x {where}, {args.workers} workers each")
     say("options: " + ", ".join(f"{k} {v}" for k, v in vars(args).items() if v not in ("", None)))
     say(f"data: {len(videos)} videos, {videos.root}")
     return args, videos
+
+
+def _take_part(args):
+    """Seed this process, give it its device and its share of the cores, and join the others."""
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = True
+    on_cpu, local = device().type == "cpu", int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not on_cpu and local > torch.cuda.device_count():
+        fail(f"{local} processes, but only {torch.cuda.device_count()} GPUs on this machine")
+    if not on_cpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    cores = max(1, len(os.sched_getaffinity(0)) // local)
+    if args.workers < 0:  # on a CPU, workers and this process share the cores
+        args.workers = max(1, min(16, cores // (1 + on_cpu)))
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, cores - on_cpu * args.workers)))
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo" if on_cpu else "nccl")
+        atexit.register(dist.destroy_process_group)
 
 
 def versions():
@@ -172,7 +182,6 @@ def _check(args, n):
     """Refuse settings that cannot work before anything long starts; n: number of videos."""
     ranks, batch = world_size(), args.batch_size
     near = max(2, round(batch / ranks)) * ranks
-    cards = torch.cuda.device_count() or ranks
     for wrong, words in [
         (args.backbone not in _BACKBONES, f"backbone {args.backbone}: one of {[*_BACKBONES]}"),
         (args.optimizer not in _OPTIMIZERS, f"optimizer {args.optimizer}: one of {_OPTIMIZERS}"),
@@ -181,7 +190,6 @@ def _check(args, n):
         (batch % ranks, f"batch-size {batch} does not divide by {ranks} processes; try {near}"),
         (batch < 2 * ranks, f"batch-size {batch}: each of {ranks} processes needs 2 videos for BN"),
         (batch > n, f"batch-size {batch}: there are only {n} videos"),
-        (int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > cards, f"nproc_per_node: only {cards} GPUs"),
     ]:
         if wrong:
             fail(f"--{words}")
@@ -583,7 +591,7 @@ def _views(args, videos, sample_clips, crop, key, bad):
 
 
 def _draw(operators, clip, seed):
-    torch.manual_seed(int(seed))  # transforms.v2 draws from the global generator
+    torch.default_generator.manual_seed(int(seed))  # the one that transforms.v2 draws from
     for operator in operators:
         clip = operator(clip)
     return clip
@@ -702,10 +710,10 @@ def _slow_r50():
 
 
 def _tiny():
-    """The demo's: five convolutions, 0.2 M parameters; time, height and width shrink together."""
+    """The demo's: five convolutions, 0.2 M parameters; space shrinks faster than time."""
     stages, inputs = {}, 3
-    plan = [(16, 5, (1, 2, 2)), (32, 3, (2, 2, 2)), (32, 3, (1, 1, 1)), (64, 3, (2, 2, 2))]
-    for i, (width, k, stride) in enumerate([*plan, (64, 3, (1, 1, 1))]):
+    plan = [(16, 5, (1, 2, 2)), (32, 3, (1, 2, 2)), (32, 3, (2, 1, 1)), (64, 3, (1, 2, 2))]
+    for i, (width, k, stride) in enumerate([*plan, (64, 3, (2, 1, 1))]):
         conv = _conv(inputs, width, (3, k, k), stride)
         stages[f"stage{i}"] = nn.Sequential(conv, nn.BatchNorm3d(width), nn.ReLU(inplace=True))
         inputs = width

@@ -35,19 +35,19 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     stride = 8, 4  # distance of two frames, in 1/30 s
     short_side = (224, 224), (64, 64)  # of the decoded video, drawn between the two, in pixels
     size = 224, 32  # height and width of a clip, cut out of that, in pixels
-    augment = "crop,flip,jitter,gray,blur", "crop,flip,jitter,gray"  # operators, or none
+    augment = "crop,flip,jitter,gray,blur", "crop,flip,gray"  # operators, or none
     crop_area = (0.2, 0.766), (0.4, 1.0)  # least and largest share of the picture that is cropped
-    epochs = 200, 30  # passes over the videos
+    epochs = 200, 40  # passes over the videos
     batch_size = 64, 40  # videos of a step, over all processes
     optimizer = "lars", "adamw"  # lars, sgd or adamw
-    lr = 0.6, 2e-3  # per 128 views; a step's is lr x videos x views / 128
+    lr = 0.6, 4.8e-3  # per 128 views; a step's is lr x videos x views / 128
     warmup_epochs = None, 3.0  # of linear warm-up, 0 = none; None = 35/200 of the epochs
     weight_decay = 1e-6, 1e-4  # but for BN, 0 = none
     batch_norm = "sync", "sync"  # sync: over all GPUs; plain: over each GPU's share
     projector = (2048, 2048, 128), (256, 64)  # widths of its layers
-    projector_bn = "hidden", "all"  # none, hidden or all layers; the last one's without affine
+    projector_bn = "hidden", "hidden"  # none, hidden or all layers; the last one's without affine
     prototypes = 1000, 300  # to which clips are assigned
-    freeze_prototypes = 1.0, 30.0  # epochs in which the prototypes do not learn, 0 = none
+    freeze_prototypes = 1.0, 1.0  # epochs in which the prototypes do not learn, 0 = none
     epsilon = 0.05, 0.05  # of Sinkhorn: smaller is nearer to one prototype a clip
     sinkhorn_iterations = 3, 3  # 0 = codes are not balanced
     temperature = 0.1, 0.1  # of the softmax over prototypes that predicts a code
