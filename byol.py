@@ -46,7 +46,7 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     weight_decay = 1e-6, 1e-4  # but for BN, 0 = none
     batch_norm = "sync", "sync"  # sync: over all GPUs; plain: over each GPU's share
     projector = (4096, 256), (256, 64)  # widths of its layers
-    projector_bn = "hidden", "all"  # none, hidden or all layers; the last one's without affine
+    projector_bn = True, True  # BN after its hidden layers
     predictor = (4096, 256), (256, 64)  # widths after the projector's; BN between
     momentum = 0.996, 0.9  # of the target network at first, annealed; 0 = a copy, 1 = stays
 
@@ -77,7 +77,7 @@ class BYOL(nn.Module):
         backbone = common.backbone(args.backbone)
         projector = common.mlp((backbone.feature_dim, *args.projector), args.projector_bn)
         self.encoder = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
-        self.predictor = common.mlp((args.projector[-1], *args.predictor), "hidden")
+        self.predictor = common.mlp((args.projector[-1], *args.predictor), bn=True)
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
         self.low_memory = args.low_memory
 

@@ -170,11 +170,12 @@ def _parse(recipe, argv):
             setattr(args, name, demo if small else paper)
         value, most = getattr(args, name), 1 if ", 1 = " in text else math.inf
         least = -1 if "-1 = " in text else 0 if "0 = " in text else 1e-12
-        if type(value) in (int, float) and not (least <= value <= most and value < math.inf):
-            limits = (f"{least} or more" if least < 1e-12 else "above 0") + ", at most 1" * (
-                most == 1
-            )
-            fail(f"--{name.replace('_', '-')} must be {limits}, not {value}")
+        for number in value if isinstance(value, tuple | list) else [value]:
+            if type(number) not in (int, float) or least <= number <= most and number < math.inf:
+                continue
+            limits = f"{least} or more" if least < 1e-12 else "above 0"
+            limits += ", at most 1" if most == 1 else ""
+            fail(f"--{name.replace('_', '-')} must be {limits}, not {number}")
     return args
 
 
@@ -182,11 +183,15 @@ def _check(args, n):
     """Refuse settings that cannot work before anything long starts; n: number of videos."""
     ranks, batch = world_size(), args.batch_size
     near = max(2, round(batch / ranks)) * ranks
+    side, area = args.short_side, getattr(args, "crop_area", (1, 1))
     for wrong, words in [
         (args.backbone not in _BACKBONES, f"backbone {args.backbone}: one of {[*_BACKBONES]}"),
         (args.optimizer not in _OPTIMIZERS, f"optimizer {args.optimizer}: one of {_OPTIMIZERS}"),
         (args.batch_norm not in ("sync", "plain"), f"batch-norm {args.batch_norm}: sync or plain"),
         (args.warmup_epochs > args.epochs, f"warmup-epochs: at most --epochs {args.epochs}"),
+        (len(side) != 2 or side[0] > side[1], f"short-side {side}: a least and a largest one"),
+        (side[0] < args.size, f"short-side {side[0]} is less than --size {args.size}"),
+        (len(area) != 2 or area[0] > area[1] or area[1] > 1, f"crop-area {area}: two shares"),
         (batch % ranks, f"batch-size {batch} does not divide by {ranks} processes; try {near}"),
         (batch < 2 * ranks, f"batch-size {batch}: each of {ranks} processes needs 2 videos for BN"),
         (batch > n, f"batch-size {batch}: there are only {n} videos"),
@@ -753,22 +758,17 @@ def backbone(name):
     return _BACKBONES[name]()
 
 
-def mlp(widths, norm):
-    """Linear layers with ReLU between, (N, widths[0]) -> (N, widths[-1]); HEAD:147.
-
-    norm: "none"; "hidden", BN after all but the last layer; "all", BN without affine after the last
-    too. A layer with BN has no bias.
-    """
+def mlp(widths, bn):
+    """Linear layers with ReLU, and BN if bn, between: (N, widths[0]) -> (N, widths[-1]); HEAD:147."""
     layers = []
     for i, (inputs, outputs) in enumerate(pairwise(widths), start=2):
         hidden = i < len(widths)
-        bn = norm == "all" or (norm == "hidden" and hidden)
-        linear = nn.Linear(inputs, outputs, bias=not bn)
+        linear = nn.Linear(inputs, outputs, bias=not (bn and hidden))  # BN has a bias of its own
         nn.init.kaiming_uniform_(linear.weight, a=1)
-        if not bn:
+        if linear.bias is not None:
             nn.init.zeros_(linear.bias)
-        layers += [linear, *[nn.BatchNorm1d(outputs, affine=hidden)][:bn]]
-        layers += [nn.ReLU(inplace=True)][:hidden]
+        layers += [linear, *[nn.BatchNorm1d(outputs)] * (bn and hidden)]
+        layers += [nn.ReLU(inplace=True)] * hidden
     return nn.Sequential(*layers)
 
 

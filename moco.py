@@ -47,7 +47,7 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     weight_decay = 1e-4, 1e-4  # but for BN, 0 = none
     batch_norm = "plain", "plain"  # sync: over all GPUs; plain: over each GPU's share
     projector = (2048, 2048, 128), (256, 64)  # widths of its layers
-    projector_bn = "none", "hidden"  # none, hidden or all layers; the last one's without affine
+    projector_bn = False, True  # BN after its hidden layers
     momentum = 0.994, 0.95  # of the target network at first, annealed; 0 = a copy, 1 = stays
     queue = 65536, 240  # keys that are remembered
     temperature = 0.1, 0.2  # of the softmax over one positive and the queue

@@ -43,7 +43,7 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     weight_decay = 1e-6, 1e-4  # but for BN, 0 = none
     batch_norm = "sync", "sync"  # sync: over all GPUs; plain: over each GPU's share
     projector = (2048, 2048, 128), (256, 64)  # widths of its layers
-    projector_bn = "none", "hidden"  # none, hidden or all layers; the last one's without affine
+    projector_bn = False, True  # BN after its hidden layers
     temperature = 0.1, 0.2  # of the softmax over one positive and all negatives
 
 

@@ -45,7 +45,7 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     weight_decay = 1e-6, 1e-4  # but for BN, 0 = none
     batch_norm = "sync", "sync"  # sync: over all GPUs; plain: over each GPU's share
     projector = (2048, 2048, 128), (256, 64)  # widths of its layers
-    projector_bn = "hidden", "hidden"  # none, hidden or all layers; the last one's without affine
+    projector_bn = True, True  # BN after its hidden layers
     prototypes = 1000, 300  # to which clips are assigned
     freeze_prototypes = 1.0, 1.0  # epochs in which the prototypes do not learn, 0 = none
     epsilon = 0.05, 0.05  # of Sinkhorn: smaller is nearer to one prototype a clip

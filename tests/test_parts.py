@@ -208,15 +208,15 @@ def test_backbones_take_any_size(name):
 def test_projectors_have_the_papers_size():
     """Parameters of the heads: 8,654,976 MoCo and SimCLR, 8,659,072 SwAV, 9,445,632 + 2,105,600."""
     for script, batch_norm, expected in [
-        (simclr, "none", 8_654_976),
-        (moco, "none", 8_654_976),
-        (swav, "hidden", 8_659_072),
-        (byol, "hidden", 9_445_632),
+        (simclr, False, 8_654_976),
+        (moco, False, 8_654_976),
+        (swav, True, 8_659_072),
+        (byol, True, 9_445_632),
     ]:
         assert script.Recipe.projector_bn[0] == batch_norm
         head = common.mlp((2048, *script.Recipe.projector[0]), batch_norm)
         assert sum(p.numel() for p in head.parameters()) == expected
-    head = common.mlp((256, *byol.Recipe.predictor[0]), "hidden")
+    head = common.mlp((256, *byol.Recipe.predictor[0]), True)
     assert sum(p.numel() for p in head.parameters()) == 2_105_600
 
 

@@ -303,6 +303,12 @@ def test_folder_classes_and_no_file_opened(folder, monkeypatch):
         "--momentum 2",
         "--unknown 3",
         "--batch-norm both",
+        "--crop-area 0.5",
+        "--crop-area 0.5 2",
+        "--short-side 20 18",
+        "--short-side 8 18",
+        "--projector 0",
+        "--workers -2",
         "--out /dev/null/out",
     ],
 )
