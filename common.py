@@ -759,7 +759,7 @@ def backbone(name):
 
 
 def mlp(widths, bn):
-    """Linear layers with ReLU, and BN if bn, between: (N, widths[0]) -> (N, widths[-1]); HEAD:147."""
+    """Linear layers, ReLU and (if bn) BN between: (N, widths[0]) -> (N, widths[-1]); HEAD:147."""
     layers = []
     for i, (inputs, outputs) in enumerate(pairwise(widths), start=2):
         hidden = i < len(widths)
