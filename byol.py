@@ -11,7 +11,8 @@ rho      Clips decoded and encoded by both networks; rho (rho - 1) pairs. rho = 
          augmented twice. The step is V times the mean: a sum over the query clips.
 Differs  From the paper: crop before colour. From the released code: frames 8 apart, not 9; SyncBN
          over all ranks, not the 8 of a machine; the target moves after the step, not before the
-         next; the loss has no temperature (0.5 there: the same factor 2).
+         next; the loss has no temperature (0.5 there: the same factor 2). The demo, to learn in
+         400 steps: AdamW, a faster target network, no colour jitter and blur.
 Recipe   torchrun --nproc_per_node=8 byol.py --data kinetics/train
 """
 

@@ -141,6 +141,10 @@ def _as_trained(args):
     args.short_side, args.test_size = tuple(sides), args.test_size or sides[0]
     name = Path(args.weights).resolve().parent.name if args.weights_hash else args.weights
     args.out = args.out or f"out/{args.method}-{name or 'scratch'}"
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {args.out}: {error.strerror}")
 
 
 def _parse(recipe, argv):
@@ -168,9 +172,11 @@ def _parse(recipe, argv):
     for name, (text, paper, demo) in flags.items():
         if getattr(args, name) is None:
             setattr(args, name, demo if small else paper)
+        if isinstance(getattr(args, name), list):
+            setattr(args, name, tuple(getattr(args, name)))
         value, most = getattr(args, name), 1 if ", 1 = " in text else math.inf
         least = -1 if "-1 = " in text else 0 if "0 = " in text else 1e-12
-        for number in value if isinstance(value, tuple | list) else [value]:
+        for number in value if isinstance(value, tuple) else [value]:
             if type(number) not in (int, float) or least <= number <= most and number < math.inf:
                 continue
             limits = f"{least} or more" if least < 1e-12 else "above 0"
@@ -254,6 +260,9 @@ def distribute(model, args):
     BN is over all ranks if args.batch_norm is "sync", on CUDA (there is no SyncBN on a CPU).
     """
     model.to(device(), memory_format=torch.channels_last_3d)
+    for p in model.parameters():
+        if p.ndim == 5 and p.shape[2:].numel() == 1:  # both layouts at once: DDP wants this one
+            p.data = p.data.clone(memory_format=torch.contiguous_format)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     own = sum(p.numel() for p in model.encoder.backbone.parameters())
     say(f"model: {args.backbone}, {own:,} parameters; with its heads {trained:,} are trained")
@@ -263,7 +272,10 @@ def distribute(model, args):
         model.compile()
     if world_size() == 1:
         return model
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    parallel = nn.parallel.DistributedDataParallel
+    new = "forward_sync_buffers" in inspect.signature(parallel).parameters  # torch 2.14's name
+    off = {"forward_sync_buffers" if new else "broadcast_buffers": False}  # ranks keep their own
+    return parallel(model, **off)
 
 
 # --- video

@@ -157,18 +157,22 @@ def report(args, classes, nearest, scores, labels, n):
     common.say(json.dumps(result))
     result["per_class"] = {name: percent(part) for name, part in each.items()}
     if common.rank() == 0:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
         Path(args.out, "result.json").write_text(json.dumps(result, indent=1) + "\n")
     common.say(f"done: {args.out}/result.json")
 
 
 def write_features(args, videos, backbone):
     """NPZ of features (n, D), averaged over the views, labels (n,), paths (n,), in list order."""
+    if common.rank() == 0:
+        try:
+            file = open(args.extract, "wb")
+        except OSError as error:
+            common.fail(f"--extract {args.extract}: {error.strerror}")
     features, _ = common.evaluate(args, videos, backbone, args.cached_clips)
     if common.rank() == 0:
         paths = np.array([videos[i] for i in range(len(videos))])
-        with open(args.extract, "wb") as file:
-            np.savez(file, features=features.mean(1).numpy(), labels=videos.labels, paths=paths)
+        np.savez(file, features=features.mean(1).numpy(), labels=videos.labels, paths=paths)
+        file.close()
     common.say(f"wrote {args.extract}: features of {len(videos)} videos")
 
 
