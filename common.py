@@ -48,18 +48,14 @@ from tqdm import tqdm
 
 class _Flags:  # name = paper, demo  # meaning, as in a recipe; only the seed moves a result
     data = "", ""  # folder of videos, or text list of path or path<TAB>label lines; none: the demo
-    out = "", ""  # folder of log.jsonl, last.pth, backbone.pth; none: out/<method>-<data>-rho<N>
+    out = "", ""  # folder of what is written; none: out/<script>-<data or weights>-...
+    small = False, False  # the demo's settings on your own --data
     seed = 0, 0  # of weights, order of the videos, clips, augmentation; 0 = the usual one
     max_steps = 0, 0  # stop after this many steps in all, the schedule unchanged; 0 = never
     log_every = 10, 10  # steps from one line of the log to the next
     workers = -1, -1  # decoding processes of a rank, 0 = none, -1 = its cores (half on a CPU)
-    compile = False, False  # torch.compile the networks
-
-
-class _Pretraining:  # flags of the scripts that have a rho
-    small = False, False  # the demo's settings on your own --data
     low_memory = False, False  # re-compute activations in backward: memory of one clip at any rho
-    knn_every = 0, 10  # epochs from one kNN accuracy on the labels to the next; 0 = never
+    compile = False, False  # torch.compile the networks
     show_views = "", ""  # PNG file: write what the model will see, a row for each view, and stop
     check_data = False, False  # open every video once, name the bad, list the others, and stop
 
@@ -88,7 +84,7 @@ def start(recipe, argv=None):
     if not pretraining:
         args.val = args.val or os.path.join(root if parted else root.parent, "val")
     _take_part(args)
-    if pretraining and args.check_data:
+    if args.check_data:
         _check_data(args, videos)
     _check(args, len(videos))
     where = torch.cuda.get_device_name() if device().type == "cuda" else "CPU"
@@ -125,7 +121,7 @@ def _as_trained(args):
     """Fill in what an evaluation does not say, from the settings in the weights' file."""
     args.weights_hash = ""
     settings = {"backbone": "slow_r50", "frames": 8, "stride": 8, "size": 224}
-    if not args.data:
+    if args.small or not args.data:
         settings = {"backbone": "tiny", "frames": 8, "stride": 4, "size": 32}
     if args.weights not in ("", "random"):
         try:
@@ -152,7 +148,7 @@ def _parse(recipe, argv):
     parser = argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
     parser.error = fail
     flags = {}
-    for lines in (recipe, _Flags, *[_Pretraining] * hasattr(recipe, "rho")):
+    for lines in (recipe, _Flags):
         title = f"{lines.__name__.strip('_').lower()}: meaning [paper's default; demo's]"
         group, source = parser.add_argument_group(title), inspect.getsource(lines)
         for name, text in re.findall(r"^    (\w+) = .*?  # (.+)$", source, re.MULTILINE):
@@ -168,7 +164,7 @@ def _parse(recipe, argv):
             group.add_argument(flag, help=(text + default).replace("%", "%%"), **how)
             flags[name] = text, paper, demo
     args = parser.parse_args(argv)
-    small = not args.data or getattr(args, "small", False)
+    small = args.small or not args.data
     for name, (text, paper, demo) in flags.items():
         if getattr(args, name) is None:
             setattr(args, name, demo if small else paper)
@@ -641,6 +637,7 @@ def _show_views(args, clips, starts):
 def _check_data(args, videos):
     """Read two places of every video, name those that cannot be read, list the others, and stop."""
     labels, clean = ["", *videos.classes], Path(args.out, "clean.txt")
+    args.allow_missing = True
     rows, problems = evaluate(args, videos, lambda x: torch.zeros(1), clips=2)
     for problem in problems:
         say(f"bad: {problem}")
@@ -1226,8 +1223,8 @@ class _Run:
             content = box[0]
         for name, now in vars(self.args).items():
             was = content["args"].get(name) if content else now
-            free = vars(_Flags).keys() | vars(_Pretraining).keys() | {"allow_missing", "finished"}
-            if was != now and name not in free - {"seed"}:
+            free = vars(_Flags).keys() - {"seed"} | {"knn_every", "allow_missing", "finished"}
+            if was != now and name not in free:
                 what = "data" if name == "data_hash" else name.replace("_", "-")
                 fail(f"{path} was made with --{what} {was}, not {now}; choose another --out")
         if rank() == 0:
@@ -1248,7 +1245,7 @@ def train(args, videos, model, optimizer, sample_clips, chance):
     resume, signals. chance: the loss of uninformative features.
     """
     args.finished, run = False, _Run(args, videos, model, optimizer, chance)
-    if getattr(args, "show_views", ""):
+    if args.show_views:
         run.begin(*next(iter(_loader(run, sample_clips))))
         return _show_views(args, run.clips, run.starts)
 

@@ -46,6 +46,7 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     lr = 0.05, 4.8e-3  # per 128 views; a step's is lr x videos x views / 128
     warmup_epochs = None, 3.0  # of linear warm-up, 0 = none; None = 35/200 of the epochs
     weight_decay = 1e-4, 1e-4  # but for BN, 0 = none
+    knn_every = 0, 10  # epochs from one kNN accuracy on the labels to the next, 0 = never
     batch_norm = "plain", "plain"  # sync: over all GPUs; plain: over each GPU's share
     projector = (2048, 2048, 128), (256, 64)  # widths of its layers
     projector_bn = False, True  # BN after its hidden layers

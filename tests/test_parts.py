@@ -16,6 +16,7 @@ import swav
 from conftest import arguments
 
 SCRIPTS = [simclr, moco, byol, swav]
+NAMES = ["SimCLR", "MoCo", "BYOL", "SwAV"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -121,9 +122,7 @@ def test_update_target(script):
     assert (slow[1].running_mean == 0).all()
 
 
-@pytest.mark.parametrize(
-    "script, name", zip(SCRIPTS, ["SimCLR", "MoCo", "BYOL", "SwAV"], strict=True)
-)
+@pytest.mark.parametrize("script, name", list(zip(SCRIPTS, NAMES, strict=True)))
 def test_gradient_reaches_what_learns(script, name):
     """Every trained weight gets a gradient, the target and the queue none; a forward pass moves no
     weight."""
@@ -285,3 +284,29 @@ def test_bfloat16_stays_out_of_the_loss():
         z = model(torch.randn(2, 2, 3, 4, 16, 16))
     assert z.dtype == torch.float32
     assert math.isfinite(simclr.nt_xent(z, 0.1).item())
+
+
+def test_short_side_is_drawn_between_its_two_values(monkeypatch):
+    """Videos are decoded at every short side from the least to the largest; the clip is --size."""
+    args, sizes = arguments(byol.Recipe, short_side=(20, 22), size=16, seed=0), []
+
+    def read(path, starts, frames, stride, size):
+        sizes.append(size)
+        return np.zeros((len(starts(5.0)), frames, size, 2 * size, 3), np.uint8)
+
+    monkeypatch.setattr(common, "read_clips", read)
+    crop, _ = common._operators(args)
+    for i in range(40):
+        views, *_ = common._views(args, ["a.mp4"] * 40, byol.sample_clips, crop, (0, i), [])
+        assert views.shape == (2, 8, 3, 16, 16)
+    assert set(sizes) == {20, 21, 22}
+
+
+def test_a_worker_and_the_device_finish_views_alike(folder):
+    """On a CPU the worker augments; the same function on the same seeds gives a GPU's views."""
+    args = arguments(byol.Recipe, seed=3, batch_size=4, frames=4, size=16, short_side=(24, 24))
+    videos = common.Videos(folder)
+    done, *_ = common._batch(args, videos, byol.sample_clips, True, 1)
+    views, seeds, *_ = common._batch(args, videos, byol.sample_clips, False, 1)
+    assert views.dtype == torch.uint8 and views.shape == (4, 2, 4, 3, 16, 16)
+    assert torch.equal(common._augment(views, seeds, common._operators(args)[1]), done)

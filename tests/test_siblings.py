@@ -16,7 +16,7 @@ PAIRS = list(itertools.combinations(METHODS, 2))
 HEADINGS = ["# --- recipe", "# --- method", "# --- training"]
 FIELDS = ["Paper", "Idea", "Loss", "rho", "Differs", "Recipe"]
 SHARED = """rho timespan backbone frames stride short_side size augment crop_area epochs batch_size
-    optimizer lr warmup_epochs weight_decay batch_norm projector projector_bn""".split()
+    optimizer lr warmup_epochs weight_decay knn_every batch_norm projector projector_bn""".split()
 
 
 def functions(name):
