@@ -1221,20 +1221,29 @@ class _Run:
             box = [content]
             dist.broadcast_object_list(box)
             content = box[0]
+        if content:
+            try:
+                self.restore(path, content)
+            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                reason = str(error).split("\n")[-1].strip() or error
+                fail(f"{path} cannot go on in this run ({reason}); choose another --out")
+        if rank() == 0:
+            self.file.truncate(content["log_bytes"] if content else 0)
+
+    def restore(self, path, content):
+        free = vars(_Flags).keys() - {"seed"} | {"knn_every", "allow_missing", "finished"}
         for name, now in vars(self.args).items():
-            was = content["args"].get(name) if content else now
-            free = vars(_Flags).keys() - {"seed"} | {"knn_every", "allow_missing", "finished"}
+            was = content["args"].get(name)
             if was != now and name not in free:
                 what = "data" if name == "data_hash" else name.replace("_", "-")
                 fail(f"{path} was made with --{what} {was}, not {now}; choose another --out")
-        if rank() == 0:
-            self.file.truncate(content["log_bytes"] if content else 0)
-        if content:
-            self.model.load_state_dict(content.pop("model"))
-            self.optimizer.load_state_dict(content.pop("optimizer"))
-            for name in ("number", "losses", "skipped", "bad"):
-                setattr(self, name, content[name])
-            say(f"{path}: going on after step {self.number}")
+        if not all(torch.isfinite(tensor).all() for tensor in content["model"].values()):
+            raise ValueError("some of its weights are not finite")
+        self.model.load_state_dict(content["model"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        for name in ("number", "losses", "skipped", "bad"):
+            setattr(self, name, content[name])
+        say(f"{path}: going on after step {self.number}")
 
 
 def train(args, videos, model, optimizer, sample_clips, chance):

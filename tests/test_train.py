@@ -358,6 +358,27 @@ def test_damaged_checkpoint_is_left_alone(kind, small, tmp_path, capfd):
     assert (tmp_path / "out/log.jsonl").read_bytes() == log
 
 
+@pytest.mark.parametrize("kind", ["keys", "model", "nan", "shape", "list"])
+def test_checkpoint_of_something_else_is_refused(kind, small, tmp_path, capfd):
+    """Missing entries, another network, NaN, another shape: one line, nothing overwritten."""
+    run("byol", [*small, "--max-steps", "1"])
+    path = tmp_path / "out/last.pth"
+    content = torch.load(path, weights_only=True)
+    name = next(iter(content["model"]))
+    if kind == "keys":
+        del content["optimizer"]
+    elif kind == "model":
+        del content["model"][name]
+    elif kind == "nan":
+        content["model"][name][0] = math.nan
+    elif kind == "shape":
+        content["model"][name] = content["model"][name][:1].clone()
+    torch.save([1, 2] if kind == "list" else content, path)
+    damaged, log = path.read_bytes(), (tmp_path / "out/log.jsonl").read_bytes()
+    assert "last.pth" in refused(small, capfd)
+    assert path.read_bytes() == damaged and (tmp_path / "out/log.jsonl").read_bytes() == log
+
+
 class Hostile:
     def __init__(self, path):
         self.path = path
