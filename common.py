@@ -197,6 +197,7 @@ def _check(args, n):
         (batch % ranks, f"batch-size {batch} does not divide by {ranks} processes; try {near}"),
         (batch < 2 * ranks, f"batch-size {batch}: each of {ranks} processes needs 2 videos for BN"),
         (batch > n, f"batch-size {batch}: there are only {n} videos"),
+        (args.workers > 64, f"workers {args.workers}: at most 64"),
     ]:
         if wrong:
             fail(f"--{words}")
@@ -303,6 +304,7 @@ class Videos:
         number = {label: i for i, label in enumerate(["", *self.classes], start=-1)}
         self.labels = np.array([number[label] for _, label in rows])
         self.hash = hashlib.sha256(self._bytes.tobytes() + self.labels.tobytes()).hexdigest()[:16]
+        self.reading = torch.full((64,), -1).share_memory_()  # by each worker: number of the video
 
     def __len__(self):
         return len(self._ends)
@@ -590,6 +592,8 @@ def _views(args, videos, sample_clips, crop, key, bad):
             return starts
 
         size = int(rng.integers(args.short_side[0], args.short_side[-1], endpoint=True))
+        worker = torch.utils.data.get_worker_info()
+        videos.reading[worker.id if worker else 0] = number
         try:
             clips = read_clips(videos[number], choose, args.frames, args.stride, size)
         except ValueError as error:
@@ -1268,7 +1272,11 @@ def train(args, videos, model, optimizer, sample_clips, chance):
         batches, silent = iter(_loader(run, sample_clips)), rank() > 0 or not sys.stderr.isatty()
         for _ in tqdm(range(run.number, run.last), args.method, disable=silent):
             begun = time.monotonic()
-            batch = next(batches)
+            try:
+                batch = next(batches)
+            except RuntimeError as error:  # torch's word for a worker that died or hung
+                last = ", ".join(videos[i] for i in videos.reading.tolist() if i >= 0)
+                fail(f"{str(error).splitlines()[0]}; the workers were at {last}", code=1)
             run.waited += time.monotonic() - begun
             run.begin(*batch)
             yield run

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import io
 import json
 import math
 import multiprocessing
@@ -206,6 +207,27 @@ def test_kill_during_saves_loses_nothing(small, tmp_path):
     run_ranks(1, run, "byol", argv)
     assert_same_run(tmp_path / "whole", out)
     assert not list(out.glob("*.tmp"))
+
+
+def killed_in_a_worker(argv):
+    read = common.read_clips
+
+    def fatal(path, *args):
+        if path.endswith("07.mp4"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(path, *args)
+
+    common.read_clips = fatal
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.suppress(SystemExit):
+        run("byol", argv)
+    return err.getvalue()
+
+
+def test_a_worker_that_dies_is_an_error_that_names_its_file(small):
+    """Killed in the middle of a file: the run ends in one line with that path, without a hang."""
+    (err,) = run_ranks(1, killed_in_a_worker, [*small, "--workers", "1"], timeout=60)
+    (line,) = [line for line in err.splitlines() if "error: " in line]
+    assert "07.mp4" in line and "worker" in line
 
 
 @pytest.fixture
