@@ -286,7 +286,7 @@ def test_bfloat16_stays_out_of_the_loss():
     assert math.isfinite(simclr.nt_xent(z, 0.1).item())
 
 
-def test_short_side_is_drawn_between_its_two_values(monkeypatch):
+def test_short_side_is_drawn_between_its_two_values(folder, monkeypatch):
     """Videos are decoded at every short side from the least to the largest; the clip is --size."""
     args, sizes = arguments(byol.Recipe, short_side=(20, 22), size=16, seed=0), []
 
@@ -295,9 +295,9 @@ def test_short_side_is_drawn_between_its_two_values(monkeypatch):
         return np.zeros((len(starts(5.0)), frames, size, 2 * size, 3), np.uint8)
 
     monkeypatch.setattr(common, "read_clips", read)
-    crop, _ = common._operators(args)
-    for i in range(40):
-        views, *_ = common._views(args, ["a.mp4"] * 40, byol.sample_clips, crop, (0, i), [])
+    crop, videos = common._operators(args)[0], common.Videos(folder)
+    for epoch in range(40):
+        views, *_ = common._views(args, videos, byol.sample_clips, crop, (epoch, 5), [])
         assert views.shape == (2, 8, 3, 16, 16)
     assert set(sizes) == {20, 21, 22}
 
