@@ -1,0 +1,384 @@
+"""Benchmarks, one line of JSON a measurement: python tests/bench.py [--quick] [--only NAME ...]
+
+decode   CPU time of a clip by our reader, at rho 1, 2, 4, beside the least that libavcodec and the
+         colour conversion need for those frames, and beside torchcodec and decord where they are.
+memory   growth of a process over thousands of decodes; start-up on a list of a million lines.
+augment  the default augmentation of a clip beside its decoding, or beside a step on a GPU.
+step     one training step: our memory format and precision beside the ordinary; on a GPU clips a
+         second, share of the measured peak, and peak memory by rho, with and without --low-memory.
+
+Ratios of one run on one machine can be compared, absolute numbers only with their hardware.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from bisect import bisect_right
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import VideoReformatter
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import byol
+import common
+import moco
+import simclr
+import swav
+from videos import make_video
+
+FRAMES, STRIDE, FPS = 8, 8, 30
+SPAN = FRAMES * STRIDE / 30
+METHODS = {"simclr": simclr, "moco": moco, "byol": byol, "swav": swav}
+CLASSES = {"simclr": simclr.SimCLR, "moco": moco.MoCo, "byol": byol.BYOL, "swav": swav.SwAV}
+FLOP = 2 * 41.74e9  # of slow_r50's forward pass of one 8 x 224 x 224 clip
+
+
+def say(name, **numbers):
+    numbers = {k: round(v, 4) if isinstance(v, float) else v for k, v in numbers.items()}
+    print(json.dumps({"name": name, **numbers}), flush=True)
+
+
+# --- decode
+
+
+def moving_texture(counter, width, height):
+    """A picture that costs a codec about as much as a street scene: panning noise at all scales."""
+    rng = np.random.default_rng(0)
+    if not hasattr(moving_texture, "scene"):
+        layers = [rng.uniform(0, 255, (2 * height // s, 2 * width // s, 3)) for s in (64, 16, 4)]
+        full = [
+            np.kron(layer, np.ones((s, s, 1))) for layer, s in zip(layers, (64, 16, 4), strict=True)
+        ]
+        low = min(f.shape[0] for f in full), min(f.shape[1] for f in full)
+        moving_texture.scene = sum(f[: low[0], : low[1]] for f in full) / 3
+    x, y = (
+        int(abs((counter * v) % (2 * r) - r)) for v, r in ((1.7, width - 20), (0.9, height - 20))
+    )
+    return moving_texture.scene[y : y + height, x : x + width].astype(np.uint8)
+
+
+def least(path, starts, keys):
+    """Decode each frame that must be decoded once, from the key frames, convert the wanted ones."""
+    wanted = sorted(
+        {int((s + i * STRIDE / 30 + 1e-3) * FPS) for s in starts for i in range(FRAMES)}
+    )
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+        step = Fraction(1, FPS) / stream.time_base
+        decoder, at, pictures, convert = container.decode(stream), -1, [], VideoReformatter()
+        for number in wanted:
+            key = keys[bisect_right(keys, number) - 1]
+            if key > at + 1:
+                container.seek(int(key * step), stream=stream)
+                decoder = container.decode(stream)
+            while at < number:
+                frame = next(decoder)
+                at = round(frame.pts / step)
+            pictures.append(convert.reformat(frame, format="rgb24", threads=1).to_ndarray())
+    return np.stack(pictures)
+
+
+def with_torchcodec(path, starts):
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(path, seek_mode="approximate", num_ffmpeg_threads=1)
+    seconds = [
+        min(s + i * STRIDE / 30, decoder.metadata.duration_seconds - 0.01)
+        for s in starts
+        for i in range(FRAMES)
+    ]
+    return decoder.get_frames_played_at(seconds).data
+
+
+def with_decord(path, starts):
+    import decord
+
+    reader = decord.VideoReader(path, num_threads=1)
+    numbers = [
+        min(int((s + i * STRIDE / 30) * FPS), len(reader) - 1)
+        for s in starts
+        for i in range(FRAMES)
+    ]
+    return reader.get_batch(numbers).asnumpy()
+
+
+def ours(path, starts):
+    return common.read_clips(path, lambda duration: starts, FRAMES, STRIDE, 256)
+
+
+def decode(quick, folder):
+    others, path = {}, make_video(folder / "try.mp4", n=FPS)
+    for name, reader in (("torchcodec", with_torchcodec), ("decord", with_decord)):
+        try:
+            reader(path, [0.0])
+            others[name] = reader
+        except Exception as error:  # not installed, or it does not find its libraries
+            say("decode", left_out=name, reason=str(error).strip().split("\n")[0][:90])
+    for gop in (12, 250):
+        for seconds in (10, 60) if quick else (10, 600):
+            path = make_video(
+                folder / f"{gop}-{seconds}.mp4",
+                n=seconds * FPS,
+                size=(340, 256),
+                gop=gop,
+                draw=moving_texture,
+                codec_options={"crf": "26"},
+            )
+            with av.open(path) as container:
+                packets = [p for p in container.demux(video=0) if p.size]
+                order = sorted(p.pts for p in packets)
+                keys = sorted(order.index(p.pts) for p in packets if p.is_keyframe)
+            for rho in (1, 2, 4):
+                measure(path, gop, seconds, rho, keys, others, rounds=6 if quick else 25)
+
+
+def measure(path, gop, seconds, rho, keys, others, rounds):
+    """Medians over the same starts, the readers taking turns."""
+    readers = {"ours": ours, "least": lambda p, s: least(p, s, keys), **others}
+    spent, rng = {name: [] for name in readers}, np.random.default_rng(0)
+    for _ in range(rounds):
+        starts = rng.uniform(0, seconds - SPAN, rho).tolist()
+        for name, reader in readers.items():
+            begun = time.process_time()
+            reader(path, starts)
+            spent[name].append(1000 * (time.process_time() - begun) / rho)
+    ms = {f"{name}_ms": float(np.median(times)) for name, times in spent.items()}
+    ratios = {f"ours_to_{n}": ms["ours_ms"] / ms[f"{n}_ms"] for n in readers if n != "ours"}
+    say("decode", gop=gop, seconds=seconds, rho=rho, **ms, **ratios)
+
+
+# --- memory
+
+
+def megabytes(key, pid="self"):
+    """Rss or Pss of a process."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
+
+
+def memory(quick, folder):
+    paths = [
+        make_video(folder / f"m{i}.{e}", n=60, size=(340, 256), bframes=2)
+        for i, e in enumerate(["mp4", "mkv", "ts"])
+    ]
+    count = 600 if quick else 3000
+    for i in range(count):
+        if i == count // 10:
+            before = megabytes("Rss")
+        common.read_clips(paths[i % 3], [0.1, 0.9], FRAMES, 2, 128)
+    say("memory", decodes=count, growth_mb=megabytes("Rss") - before)
+    lines = 100_000 if quick else 1_000_000
+    listed = folder / "list.txt"
+    listed.write_text(
+        "".join(
+            f"videos/class {i % 400}/a video with a name {i}.mp4\t{i % 400}\n" for i in range(lines)
+        )
+    )
+    begun, before = time.perf_counter(), megabytes("Pss")
+    videos = common.Videos(listed)
+    took = time.perf_counter() - begun
+    say("memory", list_lines=lines, start_up_s=took, held_mb=megabytes("Pss") - before)
+    children = []
+    for _ in range(4):  # workers that go through all paths
+        if (pid := os.fork()) == 0:
+            for i in range(len(videos)):
+                videos[i]
+            time.sleep(60)
+        children.append(pid)
+    time.sleep(3 if quick else 25)
+    say(
+        "memory",
+        list_lines=lines,
+        worker_pss_mb=[round(megabytes("Pss", pid), 1) for pid in children],
+    )
+    for pid in children:
+        os.kill(pid, 9)
+        os.waitpid(pid, 0)
+
+
+# --- augment
+
+
+def arguments(script, **changes):
+    """The paper's arguments of a script."""
+    lines = {k: v[0] for k, v in vars(script.Recipe).items() if not k.startswith("_")}
+    return Namespace(
+        **{**lines, "views": max(2, lines["rho"]), "low_memory": False, "compile": False, **changes}
+    )
+
+
+def seconds_of(function, rounds):
+    """Seconds of a call, the median, GPU included."""
+    times = []
+    for i in range(rounds + 2):
+        if common.device().type == "cuda":
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        function()
+        if common.device().type == "cuda":
+            torch.cuda.synchronize()
+        times += [time.perf_counter() - begun] * (i > 1)
+    return float(np.median(times))
+
+
+def augment(quick, folder):
+    args, device = arguments(byol), common.device()
+    B = 2 if quick or device.type == "cpu" else 32
+    views = torch.randint(255, (B, 2, 8, 3, 224, 224), dtype=torch.uint8, device=device)
+    seeds, (crop, rest) = torch.arange(2 * B).reshape(B, 2), common._operators(args)
+    clip = torch.randint(255, (8, 3, 256, 340), dtype=torch.uint8)
+    took = seconds_of(lambda: common._augment(views, seeds, rest), 3 if quick else 20) / (2 * B)
+    cropped = seconds_of(lambda: common._draw([crop], clip, 0), 10)
+    path = make_video(folder / "a.mp4", n=300, size=(340, 256), draw=moving_texture)
+    read = seconds_of(lambda: ours(path, [3.0]), 5)
+    say(
+        "augment",
+        device=device.type,
+        device_ms_a_clip=1000 * took,
+        crop_ms_a_clip=1000 * cropped,
+        decode_ms_a_clip=1000 * read,
+    )
+
+
+# --- step
+
+
+def stepper(name, batch, rho, low_memory=False, size=224, plain=False):
+    """A function that does one training step of a method, and the model.
+
+    plain: contiguous tensors, on a GPU fp16 autocast, instead of channels_last_3d and bf16.
+    """
+    args = arguments(METHODS[name], rho=rho, views=max(2, rho), low_memory=low_memory)
+    torch.manual_seed(0)
+    model, device = CLASSES[name](args).to(common.device()), common.device()
+    if not plain:
+        model.to(memory_format=torch.channels_last_3d)
+    optimizer = common.make_optimizer(model, args)
+    clips = torch.randn(batch, args.views, 3, 8, size, size, device=device)
+    half = torch.float16 if plain else torch.bfloat16
+    V = args.views
+
+    def step():
+        with torch.autocast(device.type, half, enabled=device.type == "cuda"):
+            out = model(clips)
+        if name == "simclr":
+            loss = simclr.nt_xent(out, args.temperature)
+        elif name == "moco":
+            loss = V * moco.info_nce(*out, model.queue, args.temperature)
+        elif name == "byol":
+            loss = V * byol.regression_loss(*out)
+        else:
+            codes = swav.assign(out[1], args.epsilon, args.sinkhorn_iterations)
+            loss = swav.swapped_prediction(out[1], codes, args.temperature)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if name in ("moco", "byol"):
+            METHODS[name].update_target(model.target, model.encoder, 0.99)
+
+    return step, model
+
+
+def contiguous_views(network, clips, low_memory=False):
+    """What per_view is without its memory format."""
+    return torch.stack([network(view).float() for view in clips.unbind(1)], dim=1)
+
+
+def step(quick, folder):
+    if common.device().type == "cpu":
+        return step_on_cpu(quick)
+    torch.backends.cudnn.benchmark = True
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in "ab")
+    peak = 2 * 8192**3 / seconds_of(lambda: a @ b, 10)
+    say("step", gpu=torch.cuda.get_device_name(), torch=torch.__version__, peak_tflops=peak / 1e12)
+    for name in METHODS:
+        for rho in (2, 4):
+            batch = 8 if quick else 64 // rho
+            once, _ = stepper(name, batch, rho)
+            took = seconds_of(once, 5 if quick else 15)
+            passes = 4 if name in ("moco", "byol") else 3  # forward, backward twice; the target's
+            flop = passes * FLOP * batch * rho
+            say(
+                "step",
+                method=name,
+                rho=rho,
+                videos=batch,
+                clips_a_second=batch * rho / took,
+                share_of_peak=flop / took / peak,
+            )
+            del once
+            torch.cuda.empty_cache()
+    ordinary(quick)
+    for name in METHODS:
+        for rho in (1, 2, 4, 8):
+            for low_memory in (False, True):
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+                once, _ = stepper(name, 8, rho, low_memory)
+                once()
+                once()
+                gigabytes = torch.cuda.max_memory_allocated() / 2**30
+                say(
+                    "memory",
+                    method=name,
+                    rho=rho,
+                    videos=8,
+                    low_memory=low_memory,
+                    peak_gb=gigabytes,
+                )
+                del once
+
+
+def step_on_cpu(quick):
+    """Our fp32 step beside the contiguous one."""
+    size, batch = (64, 2) if quick else (112, 4)
+    ordinary(quick, size=size, batch=batch)
+
+
+def ordinary(quick, size=224, batch=32):
+    """SimCLR's step as it is, beside contiguous tensors (on a GPU in fp16): times taken in turn."""
+    ours, _ = stepper("simclr", batch, 2, size=size)
+    theirs, _ = stepper("simclr", batch, 2, size=size, plain=True)
+    per_view, rounds = common.per_view, 3 if quick else 7
+    times = {"ours_s": [], "ordinary_s": []}
+    for _ in range(rounds):
+        common.per_view = per_view
+        times["ours_s"].append(seconds_of(ours, 1))
+        common.per_view = contiguous_views
+        times["ordinary_s"].append(seconds_of(theirs, 1))
+    common.per_view = per_view
+    medians = {name: float(np.median(values)) for name, values in times.items()}
+    speed_up = medians["ordinary_s"] / medians["ours_s"]
+    say("step", device=common.device().type, size=size, videos=batch, **medians, speed_up=speed_up)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes, under 3 minutes on a CPU"
+    )
+    benchmarks = {f.__name__: f for f in (decode, memory, augment, step)}
+    parser.add_argument("--only", nargs="+", choices=benchmarks, default=[*benchmarks])
+    options = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    cores = len(os.sched_getaffinity(0))
+    say("bench", versions=common.versions(), cores=cores, commit=commit.stdout.strip())
+    with tempfile.TemporaryDirectory() as folder:
+        for name in options.only:
+            benchmarks[name](options.quick, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
