@@ -129,6 +129,7 @@ def _as_trained(args):
         except ValueError as error:
             fail(error)
         args.weights_hash = hashlib.sha256(data).hexdigest()[:16]
+        content = content if isinstance(content, dict) else {}
         saved = content.get("config") or content.get("args") or {}
         settings |= {name: saved[name] for name in settings if name in saved}
     for name, value in settings.items():
@@ -170,6 +171,8 @@ def _parse(recipe, argv):
             setattr(args, name, demo if small else paper)
         if isinstance(getattr(args, name), list):
             setattr(args, name, tuple(getattr(args, name)))
+        if getattr(args, name) == "" and ", needed" in text:
+            fail(f"--{name.replace('_', '-')} is missing: {text}")
         value, most = getattr(args, name), 1 if ", 1 = " in text else math.inf
         least = -1 if "-1 = " in text else 0 if "0 = " in text else 1e-12
         for number in value if isinstance(value, tuple) else [value]:
@@ -289,8 +292,8 @@ class Videos:
     counted along classes, their sorted names unless given; hash: of paths and labels.
     """
 
-    def __init__(self, source, classes=None):
-        rows = list(_rows(Path(source)))
+    def __init__(self, source, classes=None, flag="--data"):
+        rows = list(_rows(Path(source), flag))
         if not rows:
             fail(f"no videos in {source} (looked for {' '.join(sorted(_SUFFIXES))})")
         self.root = str(source if Path(source).is_dir() else Path(source).parent)
@@ -315,14 +318,14 @@ class Videos:
         return os.path.join(self.root, name)
 
 
-def _rows(source):
+def _rows(source, flag):
     """(path relative to the folder or the list, label) of each video; # starts a comment line."""
     if source.is_dir():
         found = glob.iglob("**/*", root_dir=source, recursive=True)
         names = sorted(name for name in found if Path(name).suffix.lower() in _SUFFIXES)
         yield from ((name, os.path.dirname(name)) for name in names)
     elif not source.is_file() or source.suffix.lower() in _SUFFIXES:
-        fail(f"--data {source}: no such folder of videos or text list of their paths")
+        fail(f"{flag} {source}: no such folder of videos or text list of their paths")
     else:
         for line in source.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n"):
             if line.startswith("label,youtube_id"):

@@ -29,7 +29,7 @@ import common
 
 
 class Recipe:  # name = paper, demo  # meaning, which is the text of --help
-    weights = "", ""  # file of a backbone, or random: the baseline of one that has learned nothing
+    weights = "", ""  # file of a backbone, needed; random: a baseline that has learned nothing
     val = "", ""  # folder or list of the test videos; none: the folder val beside train in --data
     extract = "", ""  # NPZ file: write features, labels, paths of the --data in order, and stop
     allow_missing = False, False  # leave videos out that cannot be read, and say how many
@@ -110,7 +110,7 @@ def cached_probe(args, train, labels, test, classes):
 def test_videos(args, videos):
     """The videos of --val, their classes numbered as in training. Ends the run where a label is
     missing; warns of classes without a test video and of videos that are in both sets."""
-    val = common.Videos(args.val, videos.classes)
+    val = common.Videos(args.val, videos.classes, "--val")
     for name, part in (("--data", videos), ("--val", val)):
         if (part.labels < 0).any():
             first = part[int((part.labels < 0).argmax())]

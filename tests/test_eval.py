@@ -1,0 +1,550 @@
+"""Frozen features: backbones and weights from elsewhere, kNN, the linear probe, what it reports."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from pytorchvideo.models.resnet import create_resnet
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import byol
+import common
+import eval_linear
+import moco
+import simclr
+import swav
+from conftest import METHODS, ROOT, SMALL, run_ranks
+from videos import make_video, read_counter
+
+# --- backbones and weights
+
+
+def scrambled(network):
+    """The network in eval, all weights and BN statistics random: nothing can agree by accident."""
+    torch.manual_seed(5)
+    for m in network.modules():
+        if isinstance(m, _BatchNorm):
+            for tensor in (m.weight, m.running_var):
+                torch.nn.init.uniform_(tensor, 0.6, 1.2)
+            for tensor in (m.bias, m.running_mean):
+                torch.nn.init.normal_(tensor, std=0.1)
+    return network.eval()
+
+
+def pytorchvideo_slow_r50():
+    """An independent slow_r50: its head reduced to the global average of the last map."""
+    kernels = dict(stem_conv_kernel_size=(1, 7, 7), head_pool_kernel_size=(1, 1, 1))
+    network = create_resnet(model_depth=50, model_num_class=7, norm=torch.nn.BatchNorm3d, **kernels)
+    return scrambled(network)
+
+
+def last_map(network, x):
+    for block in network.blocks[:-1]:
+        x = block(x)
+    return x
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    return pytorchvideo_slow_r50()
+
+
+@pytest.mark.parametrize("frames, side", [(2, 224), (2, 256), (16, 64)])
+def test_slow_r50_is_pytorchvideos(theirs, frames, side, tmp_path):
+    """Random weights mapped from pytorchvideo's names to ours: the same features to 1e-4."""
+    torch.save({"model_state": theirs.state_dict()}, tmp_path / "theirs.pyth")
+    ours = common.backbone("slow_r50").eval()
+    assert common.load_weights(ours, tmp_path / "theirs.pyth") == 318
+    x = torch.randn(1, 3, frames, side, side)
+    with torch.no_grad():
+        expected = last_map(theirs, x)
+        assert (ours.features(x) - expected).abs().max() <= 1e-4 * expected.abs().max()
+        torch.testing.assert_close(ours(x), expected.mean((2, 3, 4)), rtol=1e-4, atol=1e-4)
+
+
+def test_slow_r50_maps_back_to_pytorchvideo(theirs):
+    """The other way: our names, put into pytorchvideo's order of layers, give its features."""
+    ours = scrambled(common.backbone("slow_r50"))
+    both = zip(theirs.state_dict(), ours.state_dict().values(), strict=False)  # but for its head
+    twin = pytorchvideo_slow_r50()
+    missing, extra = twin.load_state_dict(dict(both), strict=False)
+    assert not extra and all(name.startswith("blocks.5.") for name in missing)
+    x = torch.randn(1, 3, 4, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.features(x), last_map(twin, x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["r2plus1d_18", "s3d"])
+def test_torchvisions_networks(name, tmp_path):
+    """The trunk of torchvision's network, loaded from its state dict: the same last map."""
+    theirs = scrambled(getattr(torchvision.models.video, name)())
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    ours = common.backbone(name).eval()
+    count = common.load_weights(ours, tmp_path / "w.pth")
+    assert count == len(ours.state_dict())
+    x = torch.randn(1, 3, 16, 64, 64)
+    with torch.no_grad():
+        if name == "s3d":
+            expected = theirs.features(x)
+        else:
+            stages = [theirs.stem, theirs.layer1, theirs.layer2, theirs.layer3, theirs.layer4]
+            expected = torch.nn.Sequential(*stages)(x)
+        torch.testing.assert_close(ours.features(x), expected)
+        torch.testing.assert_close(ours(x), expected.mean((2, 3, 4)))
+
+
+def test_sizes_of_backbones():
+    """Parameters of the trunks, and feature widths that are asked from the module."""
+    sizes = {"slow_r50": 31_634_496, "r2plus1d_18": 31_300_125, "s3d": 7_910_048}
+    for name, size in {**sizes, "s3d_g": 9_098_000}.items():
+        network = common.backbone(name)
+        assert sum(p.numel() for p in network.parameters()) == size
+        assert network.feature_dim == {"slow_r50": 2048, "r2plus1d_18": 512}.get(name, 1024)
+
+
+def test_open_gates_make_s3d_g_s3d():
+    """Gates that let everything pass, and S3D-G computes S3D."""
+    plain, gated = scrambled(common.backbone("s3d")), scrambled(common.backbone("s3d_g"))
+    gates = [m for m in gated.modules() if isinstance(m, common._Gate)]
+    assert len(gates) == 36  # four branches of nine blocks
+    for gate in gates:
+        torch.nn.init.zeros_(gate.conv.weight)
+        torch.nn.init.constant_(gate.conv.bias, 100.0)
+    rest = [(k, v) for k, v in gated.state_dict().items() if ".conv." not in k]
+    for (_, tensor), (_, own) in zip(plain.state_dict().items(), rest, strict=True):
+        own.copy_(tensor)
+    x = torch.randn(1, 3, 16, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(gated(x), plain(x))
+
+
+def released_contrastive(trunk):
+    """A file as the study released: the query network, its slow copy, heads, queue (recipe: CK)."""
+    state = {f"backbone.{name}": tensor for name, tensor in trunk.items()}
+    state |= {f"backbone_hist.{name}": tensor + 1 for name, tensor in trunk.items()}
+    for i in (0, 2, 4):
+        state[f"backbone.head.projection.projection.{i}.weight"] = torch.zeros(3, 3)
+    state |= {"queue_x": torch.zeros(8, 4), "ptr": torch.zeros(1), "iter": torch.zeros(1)}
+    return {"epoch": 199, "model_state": state, "optimizer_state": {}, "cfg": "MODEL: {}"}
+
+
+def released_classifier(trunk):
+    head = {"head.projection.weight": torch.zeros(7, 2048), "head.projection.bias": torch.zeros(7)}
+    return {"epoch": 3, "model_state": {**trunk, **head}, "cfg": ""}
+
+
+@pytest.mark.parametrize("layout", [released_contrastive, released_classifier])
+def test_released_files(layout, tmp_path):
+    """SlowFast's files: the query network's trunk, all 318 tensors, whatever else is in them."""
+    trunk = scrambled(common.backbone("slow_r50")).state_dict()
+    torch.save(layout(trunk), tmp_path / "ssl_checkpoint_epoch_00200.pyth")
+    ours = common.backbone("slow_r50")
+    assert common.load_weights(ours, tmp_path / "ssl_checkpoint_epoch_00200.pyth") == 318
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, trunk[name]), name
+
+
+@pytest.mark.parametrize("script", [simclr, moco, byol, swav])
+def test_our_last_pth_gives_the_online_network(script, small, tmp_path):
+    """last.pth and backbone.pth hold the same backbone, never the slowly moving one."""
+    script.main([*small, "--max-steps", "2", "--lr", "9", "--warmup-epochs", "0"])
+    loaded = []
+    for name in ("last.pth", "backbone.pth"):
+        network = common.backbone("tiny")
+        common.load_weights(network, tmp_path / "out" / name)
+        loaded.append(network.state_dict())
+    model = torch.load(tmp_path / "out/last.pth", weights_only=True)["model"]
+    for name, tensor in loaded[0].items():
+        assert torch.equal(tensor, loaded[1][name])
+        assert torch.equal(tensor, model[f"encoder.backbone.{name}"])
+    slow = model.get("target.backbone.stage0.0.weight")
+    assert slow is None or not torch.equal(slow, loaded[0]["stage0.0.weight"])
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def wrong_file(kind, path):
+    state = common.backbone("tiny").state_dict()
+    if kind == "one missing":
+        del state["stage3.1.running_var"]
+    elif kind == "wrong shape":
+        state["stage3.1.running_var"] = torch.zeros(3)
+    elif kind == "not finite":
+        state["stage3.1.running_var"][2] = math.inf
+    elif kind == "foreign":
+        state = {"conv1.weight": torch.zeros(3)}
+    elif kind == "text":
+        return path.write_text("weights")
+    elif kind == "hostile":
+        state = Hostile()
+    elif kind == "list":
+        state = [torch.zeros(3)]
+    torch.save(state, path)
+
+
+KINDS = ["one missing", "wrong shape", "not finite", "foreign", "text", "hostile", "list", "absent"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "caffe2"])
+def test_wrong_weights_are_refused(kind, tmp_path, monkeypatch):
+    """All of the backbone's tensors, finite, or a ValueError of one line; no code in it is run."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / ("w.pkl" if kind == "caffe2" else "w.pth")
+    if kind != "absent":
+        wrong_file(kind, path)
+    with pytest.raises(ValueError) as caught:
+        common.load_weights(common.backbone("tiny"), path)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message and not Path("ran").exists()
+    names = {"one missing": "stage3.1.running_var", "wrong shape": "stage3.1.running_var"}
+    assert names.get(kind, "") in message
+
+
+# --- test views and kNN
+
+
+def test_views_are_where_the_protocol_says(tmp_path):
+    """10 clips start at i/10 of the last possible start; a clip's frames are a stride apart."""
+    path = make_video(tmp_path / "a.mp4", n=120, size=(96, 64))
+    args = Namespace(frames=4, stride=5, size=64)
+    _, x, _ = common._test_views(args, [path], 10, 1, 0)
+    assert x.shape == (10, 3, 4, 64, 64)
+    _, x, _ = common._test_views(args, [path], 10, 3, 0)
+    assert x.shape == (30, 3, 4, 64, 64)
+    left, right = x[:10], x[20:]
+    wide = torch.cat([left[..., :48], right[..., 16:]], dim=-1)  # the outer crops hold it all
+    last = 4.0 - 4 * 5 / 30
+    for clip, start in zip(
+        wide.permute(0, 2, 3, 4, 1).numpy(), last * np.arange(10) / 10, strict=True
+    ):
+        seen = [read_counter(frame) for frame in clip]
+        assert seen == [int((start + i * 5 / 30 + 1e-3) * 30) for i in range(4)]
+    assert torch.equal(x[10:20][..., :48], left[..., 16:])  # the middle one lies between them
+
+
+def test_portrait_is_cropped_along_its_height(tmp_path):
+    """Three crops of a portrait video: top, middle, bottom."""
+    path = make_video(tmp_path / "a.mp4", n=20, size=(64, 96))
+    _, x, _ = common._test_views(Namespace(frames=1, stride=1, size=64), [path], 1, 3, 0)
+    whole = torch.cat([x[0, ..., :48, :], x[2, ..., 16:, :]], dim=-2)
+    assert read_counter(whole[:, 0].permute(1, 2, 0).numpy()) == 0
+
+
+@pytest.mark.parametrize("n", [7, 30, 300])
+def test_knn_is_its_definition(n):
+    """A loop: the 20 most similar, each with a vote of exp(s / 0.07)."""
+    rng = torch.Generator().manual_seed(n)
+    bank, queries = torch.randn(n, 5, generator=rng), torch.randn(290, 5, generator=rng)
+    labels, truth = (torch.randint(4, (k,), generator=rng) for k in (n, 290))
+    right = 0
+    for q, y in zip(queries, truth, strict=True):
+        s = [float(q @ b / q.norm() / b.norm()) for b in bank]
+        votes = [0.0] * 4
+        for i in sorted(range(n), key=lambda i: -s[i])[:20]:
+            votes[labels[i]] += math.exp(s[i] / 0.07)
+        right += votes.index(max(votes)) == y
+    assert common.knn(bank, labels, queries, truth) == pytest.approx(100 * right / 290)
+
+
+# --- the probe
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Two classes that differ in brightness, 12 videos to train on and 7 to test."""
+    root = tmp_path_factory.mktemp("data")
+
+    def shade(counter, width, height):
+        noise = np.random.default_rng(counter).integers(0, 60, (height, width, 3))
+        return (noise + (150 if counter % 2 else 20)).astype(np.uint8)
+
+    for part, n in (("train", 12), ("val", 7)):
+        for i in range(n):
+            place = root / part / ("light" if i % 2 else "dark")
+            place.mkdir(parents=True, exist_ok=True)
+            make_video(
+                place / f"{part}{i:02d}.mp4", n=12, size=(40, 30), counters=[i % 2] * 12, draw=shade
+            )
+    return root
+
+
+@pytest.fixture(scope="module")
+def weights(data, tmp_path_factory):
+    """A backbone of a run of two steps."""
+    out = tmp_path_factory.mktemp("weights")
+    argv = ["--data", str(data / "train"), "--out", str(out), *SMALL, "--knn-every", "0"]
+    byol.main([*argv, "--max-steps", "2"])
+    return out / "backbone.pth"
+
+
+@pytest.fixture
+def argv(data, weights, tmp_path):
+    flags = ["--weights", str(weights), "--data", str(data), "--out", str(tmp_path / "probe")]
+    return [*flags, "--workers", "0", "--batch-size", "4", "--epochs", "6", "--warmup-epochs", "1"]
+
+
+def probe(argv):
+    eval_linear.main(argv)
+    return result_of(argv)
+
+
+def result_of(argv):
+    return json.loads(Path(argv[argv.index("--out") + 1], "result.json").read_text())
+
+
+def refused(argv, capfd):
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        eval_linear.main(argv)
+    errors = capfd.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(errors) == 1, errors
+    return errors[0]
+
+
+def test_cached_probe_end_to_end(argv, weights, data, tmp_path, capfd):
+    """result.json has what it takes to repeat it; its kNN equals one on the extracted features."""
+    result = probe([*argv, "--cached", "--lr", "0.1"])
+    assert "weights: 30 of 30 backbone tensors" in capfd.readouterr().out
+    keys = "knn_top1 linear_top1 linear_top5 n missing classes views protocol weights seed command"
+    assert set(f"{keys} versions backbone per_class".split()) == set(result)
+    assert (result["n"], result["missing"], result["classes"], result["views"]) == (7, 0, 2, 4)
+    assert result["linear_top1"] == 100 and result["linear_top5"] == 100
+    assert result["per_class"] == {"dark": 100, "light": 100} and "cached" in result["protocol"]
+    rows = []
+    for part in ("train", "val"):
+        out = ["--extract", str(tmp_path / f"{part}.npz"), "--data", str(data / part)]
+        eval_linear.main([*argv, *out])
+        rows.append(np.load(tmp_path / f"{part}.npz"))
+        assert list(rows[-1]["paths"]) == sorted(str(p) for p in (data / part).rglob("*.mp4"))
+        assert [Path(p).parent.name == "light" for p in rows[-1]["paths"]] == list(
+            rows[-1]["labels"]
+        )
+    tensors = [torch.from_numpy(rows[i][k]) for i in (0, 1) for k in ("features", "labels")]
+    assert common.knn(*tensors) == pytest.approx(result["knn_top1"], abs=0.01)
+
+
+def test_full_protocol_leaves_the_backbone_alone(argv, weights, tmp_path):
+    """60 epochs' protocol at toy size: every backbone tensor, BN's too, is bit-equal afterwards."""
+    result = probe([*argv, "--no-cached", "--test-clips", "2"])
+    assert result["n"] == 7 and result["views"] == 6 and "in eval" in result["protocol"]
+    after = torch.load(tmp_path / "probe/last.pth", weights_only=True)["model"]
+    for name, tensor in torch.load(weights, weights_only=True)["state_dict"].items():
+        assert torch.equal(after[f"encoder.backbone.{name}"], tensor), name
+    assert after["encoder.linear.weight"].shape == (2, 64)
+
+
+def test_adapt_bn_moves_statistics_only(argv, weights, tmp_path):
+    """--adapt-bn: BN's running statistics follow, weights do not."""
+    assert "adapted" in probe([*argv, "--no-cached", "--adapt-bn", "--test-clips", "1"])["protocol"]
+    after = torch.load(tmp_path / "probe/last.pth", weights_only=True)["model"]
+    for name, tensor in torch.load(weights, weights_only=True)["state_dict"].items():
+        same = torch.equal(after[f"encoder.backbone.{name}"], tensor)
+        assert same != ("running" in name or "tracked" in name), name
+
+
+def test_a_frozen_tensor_that_moves_is_noticed():
+    """The assertion after each epoch can fail."""
+    network = common.backbone("tiny")
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    eval_linear.assert_frozen(network, before, adapt_bn=False)
+    network[0][1].running_mean += 1
+    eval_linear.assert_frozen(network, before, adapt_bn=True)
+    with pytest.raises(AssertionError):
+        eval_linear.assert_frozen(network, before, adapt_bn=False)
+
+
+def ranked(argv):
+    eval_linear.main(argv)
+
+
+@pytest.mark.parametrize("mode", ["--cached", "--no-cached"])
+def test_any_number_of_ranks_scores_every_video_once(mode, argv):
+    """1, 2 and 3 processes: n = 7 of 7 videos and the same accuracies."""
+    results = []
+    for ranks in (1, 2, 3):
+        flags = [*argv, mode, "--batch-size", "6", "--out", f"{argv[5]}-{ranks}"]
+        run_ranks(ranks, ranked, flags)
+        results.append(json.loads(Path(f"{argv[5]}-{ranks}", "result.json").read_text()))
+    for result in results:
+        assert result["n"] == 7 and result["missing"] == 0
+        for key in ("knn_top1", "linear_top1", "per_class"):
+            assert result[key] == results[0][key]
+
+
+def stopped(argv):
+    update, count = common._Run.update, 0
+
+    def counted(*args, **more):
+        nonlocal count
+        count += 1
+        if count == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*args, **more)
+
+    common._Run.update = counted
+    eval_linear.main(argv)
+
+
+def test_stop_and_resume_give_the_same_result(argv, tmp_path):
+    """SIGTERM in the probe writes no result; the same command ends as an undisturbed run."""
+    flags = [*argv, "--no-cached", "--test-clips", "1"]
+    run_ranks(1, stopped, flags)
+    assert not (tmp_path / "probe/result.json").exists()
+    run_ranks(1, ranked, flags)
+    run_ranks(1, ranked, [*flags, "--out", str(tmp_path / "whole")])
+    one, two = (json.loads((tmp_path / f"{n}/result.json").read_text()) for n in ("probe", "whole"))
+    assert {**one, "command": ""} == {**two, "command": ""}
+    states = [
+        torch.load(tmp_path / f"{n}/last.pth", weights_only=True)["model"]
+        for n in ("probe", "whole")
+    ]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_retrained_weights_are_not_mixed_with_an_old_probe(argv, weights, tmp_path, capfd):
+    """Another file at the same path: the old probe is not continued."""
+    copy = tmp_path / "w.pth"
+    copy.write_bytes(weights.read_bytes())
+    flags = [*argv, "--weights", str(copy), "--no-cached", "--test-clips", "1", "--max-steps", "2"]
+    eval_linear.main(flags)
+    saved = torch.load(copy, weights_only=True)
+    saved["state_dict"]["stage0.0.weight"] += 1
+    torch.save(saved, copy)
+    assert "weights-hash" in refused(flags, capfd)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_wrong_weights_end_the_probe(kind, argv, tmp_path, monkeypatch, capfd):
+    """Each is one line on stderr and exit code 2; never a probe of random weights."""
+    monkeypatch.chdir(tmp_path)
+    if kind != "absent":
+        wrong_file(kind, tmp_path / "w.pth")
+    assert "w.pth" in refused([*argv, "--weights", "w.pth", "--backbone", "tiny"], capfd)
+    assert not (tmp_path / "probe/result.json").exists()
+
+
+def test_random_weights_are_asked_for(argv, capfd):
+    """Without --weights there is no probe; random is the named baseline, and warned of."""
+    nothing = [*argv[2:], "--backbone", "tiny", "--size", "16", "--frames", "4", "--stride", "4"]
+    assert "--weights" in refused(nothing, capfd)
+    assert probe([*nothing, "--weights", "random", "--cached"])["weights"] == "random"
+    assert "WARN the backbone starts from random weights" in capfd.readouterr().out
+
+
+def test_labels_that_do_not_fit(argv, data, tmp_path, capfd):
+    """Classes only in the test set, or no labels, are errors; an untested class and videos that are
+    in both sets are warned of by name."""
+    lists = {part: sorted((data / part).rglob("*.mp4")) for part in ("train", "val")}
+
+    def listed(name, rows):
+        (tmp_path / name).write_text("".join(f"{path}\t{label}\n" for path, label in rows))
+        return str(tmp_path / name)
+
+    train = listed("train.txt", [(p, p.parent.name) for p in lists["train"]])
+    strange = listed("strange.txt", [(p, "grey") for p in lists["val"]])
+    bare = listed("bare.txt", [(p, "") for p in lists["val"]])
+    flags = [*argv, "--cached", "--data", train, "--val"]
+    assert "grey" in refused([*flags, strange], capfd)
+    assert "without a label" in refused([*flags, bare], capfd)
+    dark = listed("dark.txt", [(p, "dark") for p in (data / "val/dark").iterdir()])
+    eval_linear.main([*flags, dark])
+    assert "no test video of class light" in capfd.readouterr().out
+    eval_linear.main([*flags, train, "--out", str(tmp_path / "both")])
+    assert "WARN 12 videos are in --data and in --val" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["missing", "unreadable"])
+def test_a_bad_test_video_is_fatal_unless_allowed(kind, argv, data, tmp_path, capfd):
+    """Exit code 2 that names it; with --allow-missing it is left out, named and counted."""
+    bad = tmp_path / "bad.mp4"
+    if kind == "unreadable":
+        bad.write_text("no video")
+    rows = [*sorted((data / "val").rglob("*.mp4"))]
+    lines = [f"{path}\t{path.parent.name}" for path in rows] + [f"{bad}\tdark"]
+    (tmp_path / "val.txt").write_text("\n".join(lines))
+    flags = [*argv, "--cached", "--data", str(data / "train"), "--val", str(tmp_path / "val.txt")]
+    assert "bad.mp4" in refused(flags, capfd)
+    result = probe([*flags, "--allow-missing"])
+    assert (result["n"], result["missing"]) == (7, 1)
+    assert capfd.readouterr().out.count("WARN left out: ") == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--val nowhere", "--out /dev/null/x", "--adapt-bn --cached", "--test-clips 0"]
+)
+def test_wrong_flags(wrong, argv, capfd):
+    """One line, exit code 2, before the work."""
+    assert wrong.split()[0] in refused([*argv, *wrong.split()], capfd) or "/dev/null" in wrong
+
+
+def test_backbone_opens_in_a_fresh_interpreter(weights):
+    """The README's six lines, which need torch and common.py alone."""
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("out/byol-demo-rho2/backbone.pth", str(weights))
+    code += "assert features.shape == (1, backbone.feature_dim)\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# --- kNN while training
+
+
+def curve(out):
+    lines = [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+    return [(line["epoch"], line["knn_top1"]) for line in lines if "knn_top1" in line]
+
+
+def trained(argv, stop=0):
+    byol.main([*argv, *(["--max-steps", str(stop)] if stop else [])])
+
+
+def test_knn_curve_is_the_same_on_ranks_and_after_a_resume(data, tmp_path):
+    """Every 2 epochs and at the end, on the sibling folder val; 1, 2 processes, stopped or not."""
+    argv = ["--data", str(data / "train"), *SMALL, "--epochs", "5", "--knn-every", "2", "--out"]
+    run_ranks(1, trained, [*argv, str(tmp_path / "one")])
+    assert [epoch for epoch, _ in curve(tmp_path / "one")] == [2, 4, 5]
+    run_ranks(1, trained, [*argv, str(tmp_path / "again")], 5)
+    run_ranks(1, trained, [*argv, str(tmp_path / "again")])
+    assert curve(tmp_path / "again") == curve(tmp_path / "one")
+    run_ranks(2, trained, [*argv, str(tmp_path / "two")])
+    run_ranks(2, trained, [*argv, str(tmp_path / "both")], 3)
+    run_ranks(2, trained, [*argv, str(tmp_path / "both")])
+    assert curve(tmp_path / "both") == curve(tmp_path / "two")
+    last = torch.load(tmp_path / "one/last.pth", weights_only=True)["args"]
+    network = common.backbone("tiny").eval()
+    common.load_weights(network, tmp_path / "one/backbone.pth")
+    sides = []
+    for part in ("train", "val"):
+        videos = common.Videos(data / part)
+        rows, _ = common.evaluate(Namespace(**last), videos, network, clips=2)
+        sides += [rows.mean(1), torch.from_numpy(videos.labels)]
+    assert curve(tmp_path / "one")[-1][1] == pytest.approx(common.knn(*sides), rel=1e-4)
+
+
+def test_knn_without_a_sibling_folder_holds_a_fifth_out(folder):
+    """Every fifth labelled video is a query, the others the bank; no overlap."""
+    (videos, bank), (same, queries) = common._held_out(common.Videos(folder))
+    assert videos is same and not set(bank) & set(queries)
+    assert list(queries) == [0, 5, 10] and len(bank) == 10
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_unlabelled_data_train_without_knn(method, folder, tmp_path, capfd):
+    """No labels: a warning, no kNN, and the run goes on."""
+    rows = "".join(f"{path}\n" for path in sorted(folder.rglob("*.mp4")))
+    (tmp_path / "list.txt").write_text(rows)
+    flags = ["--data", str(tmp_path / "list.txt"), "--out", str(tmp_path / "out"), *SMALL]
+    __import__(method).main([*flags, "--max-steps", "2", "--knn-every", "1"])
+    assert "WARN no labels" in capfd.readouterr().out and not curve(tmp_path / "out")
