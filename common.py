@@ -1087,6 +1087,17 @@ class _Run:
         say(f"lr: {args.lr:g} x {args.batch_size} / 64 x {max(1, pairs):g} = {peak:g} at its peak")
         say(f"chance level of the loss: {self.chance:.4f}")
 
+    def fetch(self, batches):
+        """The next batch, its time counted as waiting for data."""
+        begun = time.monotonic()
+        try:
+            batch = next(batches)
+        except RuntimeError as error:  # torch's word for a worker that died or hung
+            last = ", ".join(self.videos[i] for i in self.videos.reading.tolist() if i >= 0)
+            fail(f"{str(error).splitlines()[0]}; the workers were at {last}", code=1)
+        self.waited += time.monotonic() - begun
+        return batch
+
     def begin(self, views, seeds, starts, numbers, bad):
         self.note(bad)
         if views is None or len(bad) > max(10, len(views)):
@@ -1274,14 +1285,7 @@ def train(args, videos, model, optimizer, sample_clips, chance):
         run.announce()
         batches, silent = iter(_loader(run, sample_clips)), rank() > 0 or not sys.stderr.isatty()
         for _ in tqdm(range(run.number, run.last), args.method, disable=silent):
-            begun = time.monotonic()
-            try:
-                batch = next(batches)
-            except RuntimeError as error:  # torch's word for a worker that died or hung
-                last = ", ".join(videos[i] for i in videos.reading.tolist() if i >= 0)
-                fail(f"{str(error).splitlines()[0]}; the workers were at {last}", code=1)
-            run.waited += time.monotonic() - begun
-            run.begin(*batch)
+            run.begin(*run.fetch(batches))
             yield run
             run.end()
             if run.stop:
