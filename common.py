@@ -248,8 +248,9 @@ def gather(x):
     """
     if world_size() == 1:
         return x
+    x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.detach().contiguous())
+    dist.all_gather(parts, x.detach())
     parts[rank()] = x + (world_size() - 1) * (x - x.detach())  # = x, W times its gradient
     return torch.cat(parts)
 

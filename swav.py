@@ -103,7 +103,8 @@ class SwAV(nn.Module):
         """(B, V, 3, T, H, W) -> projections (B, V, D) of unit length, scores (B, V, K)."""
         z = common.per_view(self.encoder, clips, self.low_memory)
         z = F.normalize(z, dim=-1)
-        return z, self.prototypes(z).float()
+        with torch.autocast(z.device.type, enabled=False):  # Sinkhorn divides scores by 0.05
+            return z, self.prototypes(z)
 
 
 @torch.no_grad()

@@ -58,6 +58,20 @@ def test_ranks_equal_one_process(method, rho, small, tmp_path):
         assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
 
 
+def _gathered_transposed():
+    dist.init_process_group("gloo")
+    x = torch.arange(24.0).reshape(2, 3, 4) + 100 * common.rank()
+    return common.gather(x.transpose(1, 2)).numpy()
+
+
+def test_gather_takes_any_layout():
+    """A tensor that is not contiguous, as views are: the values, not the bytes, are gathered."""
+    x = np.arange(24.0).reshape(2, 3, 4)
+    expected = np.concatenate([x, x + 100]).transpose(0, 2, 1)
+    for rows in run_ranks(2, _gathered_transposed):
+        np.testing.assert_array_equal(rows, expected)
+
+
 def _gathered_gradient():
     dist.init_process_group("gloo")
     rank, ranks = common.rank(), common.world_size()

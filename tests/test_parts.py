@@ -286,6 +286,14 @@ def test_bfloat16_stays_out_of_the_loss():
     assert math.isfinite(simclr.nt_xent(z, 0.1).item())
 
 
+def test_scores_are_exact_under_autocast():
+    """SwAV's scores are divided by 0.05: they are float32 products, not bfloat16 ones."""
+    model = swav.SwAV(arguments(swav.Recipe)).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        z, scores = model(torch.randn(2, 2, 3, 4, 16, 16))
+    torch.testing.assert_close(scores, z @ model.prototypes.weight.T, atol=1e-6, rtol=0)
+
+
 def test_short_side_is_drawn_between_its_two_values(folder, monkeypatch):
     """Videos are decoded at every short side from the least to the largest; the clip is --size."""
     args, sizes = arguments(byol.Recipe, short_side=(20, 22), size=16, seed=0), []
