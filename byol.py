@@ -42,7 +42,7 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     epochs = 200, 40  # passes over the videos
     batch_size = 64, 40  # videos of a step, over all processes
     optimizer = "lars", "adamw"  # lars, sgd or adamw
-    lr = 0.6, 4.8e-3  # per 128 views; a step's is lr x videos x views / 128
+    lr = 0.6, 2.4e-3  # per 128 views; a step's is lr x videos x views / 128
     warmup_epochs = None, 3.0  # of linear warm-up, 0 = none; None = 35/200 of the epochs
     weight_decay = 1e-6, 1e-4  # but for BN, 0 = none
     knn_every = 0, 10  # epochs from one kNN accuracy on the labels to the next, 0 = never
