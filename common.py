@@ -60,12 +60,13 @@ class _Flags:  # name = paper, demo  # meaning, as in a recipe; only the seed mo
     check_data = False, False  # open every video once, name the bad, list the others, and stop
 
 
-def start(recipe, argv=None):
+def start(recipe, argv=None, rows=None):
     """Read the options, find or make the data, join the other processes, and say all that.
 
     recipe: a class of lines `name = paper value, demo value  # meaning`. Each is a flag, its
-    comment the help; a number must be positive unless the comment says what 0 is. Returns the
-    arguments (with `method`, `views`, `data_hash`) and the Videos.
+    comment the help; a number must be positive unless the comment says what 0 is. rows: a function
+    of the arguments that lists (path, label) of the videos, or None for those of --data. Returns
+    the arguments (with `method`, `views`, `data_hash`) and the Videos.
     """
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # nothing to save before the first step
     args, pretraining = _parse(recipe, argv), hasattr(recipe, "rho")
@@ -79,7 +80,7 @@ def start(recipe, argv=None):
         _as_trained(args)
     root = Path(args.data or demo_videos("data/demo"))
     parted = not args.data or (not pretraining and (root / "train").is_dir())
-    videos = Videos(root / "train" if parted else root)
+    videos = Videos(rows and rows(args) or (root / "train" if parted else root))
     args.data_hash = videos.hash
     if not pretraining:
         args.val = args.val or os.path.join(root if parted else root.parent, "val")
@@ -90,7 +91,7 @@ def start(recipe, argv=None):
     where = torch.cuda.get_device_name() if device().type == "cuda" else "CPU"
     say(f"{versions()}; {world_size()} x {where}, {args.workers} workers each")
     say("options: " + ", ".join(f"{k} {v}" for k, v in vars(args).items() if v not in ("", None)))
-    say(f"data: {len(videos)} videos, {videos.root}")
+    say(f"data: {len(videos)} videos, {videos.root or args.data}")
     return args, videos
 
 
@@ -189,6 +190,7 @@ def _check(args, n):
     ranks, batch = world_size(), args.batch_size
     near = max(2, round(batch / ranks)) * ranks
     side, area = args.short_side, getattr(args, "crop_area", (1, 1))
+    stored = getattr(args, "cached", False) or getattr(args, "extract", "")  # no batches of videos
     for wrong, words in [
         (args.backbone not in _BACKBONES, f"backbone {args.backbone}: one of {[*_BACKBONES]}"),
         (args.optimizer not in _OPTIMIZERS, f"optimizer {args.optimizer}: one of {_OPTIMIZERS}"),
@@ -199,7 +201,7 @@ def _check(args, n):
         (len(area) != 2 or area[0] > area[1] or area[1] > 1, f"crop-area {area}: two shares"),
         (batch % ranks, f"batch-size {batch} does not divide by {ranks} processes; try {near}"),
         (batch < 2 * ranks, f"batch-size {batch}: each of {ranks} processes needs 2 videos for BN"),
-        (batch > n, f"batch-size {batch}: there are only {n} videos"),
+        (batch > n and not stored, f"batch-size {batch}: there are only {n} videos"),
         (args.workers > 64, f"workers {args.workers}: at most 64"),
     ]:
         if wrong:
@@ -286,7 +288,8 @@ _FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,m4v,ivf
 
 
 class Videos:
-    """The videos of a folder (at any depth; the folder they lie in is the class) or of a text list.
+    """The videos of a folder (at any depth; the folder they lie in is the class), of a text list,
+    or of a Python list of (path, label).
 
     Nothing is opened. The paths are one array of bytes: a million Python strings would be copied
     into each worker, page by page, as their reference counts change. labels: (n,), -1 for none,
@@ -294,17 +297,19 @@ class Videos:
     """
 
     def __init__(self, source, classes=None, flag="--data"):
-        rows = list(_rows(Path(source), flag))
+        rows, self.root = source, ""
+        if not isinstance(source, list):
+            rows = list(_rows(Path(source), flag))
+            self.root = str(source if Path(source).is_dir() else Path(source).parent)
         if not rows:
             fail(f"no videos in {source} (looked for {' '.join(sorted(_SUFFIXES))})")
-        self.root = str(source if Path(source).is_dir() else Path(source).parent)
         names = [os.fsencode(name) for name, _ in rows]
         self._ends = np.cumsum([len(name) for name in names])
         self._bytes = np.frombuffer(b"".join(names), dtype=np.uint8)
         found = sorted({label for _, label in rows} - {""})
         self.classes = found if classes is None else classes
         if unknown := set(found) - set(self.classes):
-            fail(f"{source} has a class that the training videos lack: {min(unknown)}")
+            fail(f"{flag} has a class that the training videos lack: {min(unknown)}")
         number = {label: i for i, label in enumerate(["", *self.classes], start=-1)}
         self.labels = np.array([number[label] for _, label in rows])
         self.hash = hashlib.sha256(self._bytes.tobytes() + self.labels.tobytes()).hexdigest()[:16]
@@ -548,6 +553,7 @@ def _operators(args):
         "jitter": v2.RandomApply([v2.ColorJitter(0.6, 0.6, 0.6, 0.15)], p=0.8),
         "gray": v2.RandomGrayscale(0.2),
         "blur": v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=0.5),  # 13: 3 sigma each side
+        "tint": v2.Compose([v2.RandomGrayscale(0.2), v2.ColorJitter(0.4, 0.4, 0.4, 0.1)]),  # 1102
     }
     if unknown := names - {"crop", *table}:
         fail(f"--augment {min(unknown)} is none of crop, {', '.join(table)}, none")
@@ -1114,6 +1120,7 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         torch._foreach_copy_(self.before, self.statistics)
+        torch.manual_seed((self.args.seed << 40) + (self.number << 12) + rank())  # of dropout
 
     def note(self, bad):
         """Name each bad video once."""

@@ -107,10 +107,10 @@ def cached_probe(args, train, labels, test, classes):
     return linear(test).softmax(-1).mean(1).detach()
 
 
-def test_videos(args, videos):
-    """The videos of --val, their classes numbered as in training. Ends the run where a label is
+def test_videos(source, videos):
+    """The videos to test on, their classes numbered as in training. Ends the run where a label is
     missing; warns of classes without a test video and of videos that are in both sets."""
-    val = common.Videos(args.val, videos.classes, "--val")
+    val = common.Videos(source, videos.classes, "--val")
     for name, part in (("--data", videos), ("--val", val)):
         if (part.labels < 0).any():
             first = part[int((part.labels < 0).argmax())]
@@ -122,7 +122,7 @@ def test_videos(args, videos):
     both = {Path(path).resolve() for path in videos} & {Path(path).resolve() for path in val}
     if both:
         common.say(f"WARN {len(both)} videos are in --data and in --val, such as {min(both)}")
-    common.say(f"test: {len(val)} videos, {args.val}")
+    common.say(f"test: {len(val)} videos")
     return val
 
 
@@ -183,7 +183,7 @@ def main(argv=None):
     args, videos = common.start(Recipe, argv)
     if args.cached and args.adapt_bn:
         common.fail("--adapt-bn trains on clips: it needs --no-cached")
-    val = None if args.extract else test_videos(args, videos)
+    val = None if args.extract else test_videos(args.val, videos)
     model = Probe(args, max(1, len(videos.classes)))
     common.load(model.encoder.backbone, args)
     network = common.distribute(model, args)

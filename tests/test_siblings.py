@@ -10,7 +10,7 @@ import pytest
 
 from conftest import METHODS, ROOT
 
-EVALUATIONS = ["eval_linear"]
+EVALUATIONS = ["eval_linear", "finetune"]
 SOURCE = {n: (ROOT / f"{n}.py").read_text() for n in [*METHODS, *EVALUATIONS, "common"]}
 PAIRS = list(itertools.combinations(METHODS, 2))
 HEADINGS = ["# --- recipe", "# --- method", "# --- training"]
@@ -119,7 +119,7 @@ def test_common_knows_no_method():
 def test_nothing_in_common_is_unused():
     """A public name is used by two scripts or fixed by the design, a private one in common."""
     fixed = {"read_clips", "backbone", "LARS", "load_weights", "demo_videos", "Videos"}
-    fixed |= {"load", "knn", "versions"}  # for finetune.py too
+    fixed |= {"knn"}  # common uses it too
     tree = ast.parse(SOURCE["common"])
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name not in fixed:
@@ -135,7 +135,9 @@ def test_small_pieces(name):
     for node in ast.walk(ast.parse(SOURCE[name])):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 40, node.name
-    assert SOURCE[name].count("\n") <= {"common": 1320, "eval_linear": 230}.get(name, 170)
+    assert SOURCE[name].count("\n") <= {"common": 1330, "eval_linear": 230, "finetune": 230}.get(
+        name, 170
+    )
 
 
 def test_no_frameworks():
