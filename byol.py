@@ -47,9 +47,9 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     weight_decay = 1e-6, 1e-4  # but for BN, 0 = none
     knn_every = 0, 10  # epochs from one kNN accuracy on the labels to the next, 0 = never
     batch_norm = "sync", "sync"  # sync: over all GPUs; plain: over each GPU's share
-    projector = (4096, 256), (256, 64)  # widths of its layers
+    projector = (4096, 256), (1024, 64)  # widths of its layers
     projector_bn = True, True  # BN after its hidden layers
-    predictor = (4096, 256), (256, 64)  # widths after the projector's; BN between
+    predictor = (4096, 256), (1024, 64)  # widths after the projector's; BN between
     momentum = 0.996, 0.9  # of the target network at first, annealed; 0 = a copy, 1 = stays
 
 
