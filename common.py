@@ -554,6 +554,10 @@ def _operators(args):
         "gray": v2.RandomGrayscale(0.2),
         "blur": v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=0.5),  # 13: 3 sigma each side
         "tint": v2.Compose([v2.RandomGrayscale(0.2), v2.ColorJitter(0.4, 0.4, 0.4, 0.1)]),  # 1102
+        "rotate": v2.RandomChoice([v2.RandomRotation((d, d)) for d in (0, 90, 180, 270)]),
+        "cutout": v2.RandomErasing(p=1.0),  # a black box of 2 to 33 % of the area
+        "noise": _noise,
+        "sobel": _sobel,
     }
     if unknown := names - {"crop", *table}:
         fail(f"--augment {min(unknown)} is none of crop, {', '.join(table)}, none")
@@ -563,6 +567,19 @@ def _operators(args):
     elif "crop" in names:
         crop = v2.RandomCrop(args.size)
     return crop, [operator for name, operator in table.items() if name in names]
+
+
+def _noise(clip):
+    """Gaussian, of deviation 0.1, the same in all frames; drawn on the CPU, as everything is."""
+    return (clip + 0.1 * torch.randn(clip.shape[1:]).to(clip.device)).clamp(0, 1)
+
+
+def _sobel(clip):
+    """(T, 3, H, W) -> the length of the grey picture's gradient, in all three channels."""
+    x = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]], device=clip.device) / 4
+    gray = F.pad(v2.functional.rgb_to_grayscale(clip), (1, 1, 1, 1), mode="replicate")
+    gradient = F.conv2d(gray, torch.stack([x, x.T])[:, None])  # (T, 2, H, W)
+    return gradient.norm(dim=1, keepdim=True).clamp(max=1).expand_as(clip)
 
 
 def _batch(args, videos, sample_clips, on_cpu, step):

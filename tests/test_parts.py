@@ -233,7 +233,8 @@ def still_views(augment):
 
 
 @pytest.mark.parametrize(
-    "augment", ["crop,flip,jitter,gray,blur", "crop", "jitter", "blur", "none"]
+    "augment",
+    "crop,flip,jitter,gray,blur|crop|jitter|blur|none|tint|rotate|cutout|noise|sobel".split("|"),
 )
 def test_a_still_video_stays_still(augment):
     """One draw for all frames of a clip; another one for another clip."""
@@ -241,7 +242,49 @@ def test_a_still_video_stays_still(augment):
     assert clips.shape == (16, 1, 3, 5, 24, 24)
     torch.testing.assert_close(clips, clips[:, :, :, :1].expand_as(clips))
     different = (clips[0] - clips[1:]).abs().amax(dim=(1, 2, 3, 4, 5)) > 1e-3
-    assert different.any() if augment != "none" else not different.any()
+    assert different.any() if augment not in ("none", "sobel") else not different.any()
+
+
+def operator_of(name):
+    args = arguments(byol.Recipe, size=24, augment=name)
+    return common._operators(args)[1][0]
+
+
+def test_rotation_is_by_quarter_turns():
+    """rotate: one of the four turns, for the whole clip, each about equally often."""
+    clip, counts = torch.rand(2, 3, 8, 8), [0] * 4
+    turns = [torch.rot90(clip, k, (2, 3)) for k in range(4)]
+    for seed in range(200):
+        turned = common._draw([operator_of("rotate")], clip, seed)
+        (k,) = [k for k in range(4) if torch.allclose(turned, turns[k], atol=1e-5)]
+        counts[k] += 1
+    assert min(counts) > 25
+
+
+def test_cutout_blackens_one_box():
+    """cutout: a rectangle of 2 to 33 % of the picture is 0 in all frames, the rest untouched."""
+    clip = torch.rand(3, 3, 40, 40) + 0.1
+    for seed in range(50):
+        cut = common._draw([operator_of("cutout")], clip.clone(), seed)
+        gone = (cut == 0).all(dim=(0, 1))
+        rows, columns = gone.any(1).sum(), gone.any(0).sum()
+        assert gone.sum() == rows * columns and 0.015 < gone.float().mean() < 0.35
+        assert torch.equal(cut[..., ~gone], clip[..., ~gone])
+
+
+def test_noise_has_its_deviation():
+    """noise: Gaussian of deviation 0.1 around a grey clip."""
+    noisy = common._draw([operator_of("noise")], torch.full((2, 3, 100, 100), 0.5), 1)
+    assert noisy.std() == pytest.approx(0.1, rel=0.03)
+    assert noisy.mean() == pytest.approx(0.5, abs=0.003)
+
+
+def test_sobel_is_the_gradient():
+    """sobel: a ramp of slope s has the value 2 s everywhere, a flat picture 0."""
+    ramp = (torch.arange(20.0) / 40).expand(2, 3, 20, 20)
+    edges = common._draw([operator_of("sobel")], ramp, 0)
+    torch.testing.assert_close(edges[..., 1:-1], torch.full((2, 3, 20, 18), 2 / 40))
+    assert common._draw([operator_of("sobel")], torch.full((1, 3, 9, 9), 0.3), 0).abs().max() < 1e-6
 
 
 def test_augmentation_has_the_papers_strengths():
