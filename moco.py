@@ -86,15 +86,21 @@ class MoCo(nn.Module):
         self.encoder = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
         self.register_buffer("queue", torch.zeros(args.queue, args.projector[-1]))
-        self.register_buffer("enqueued", torch.tensor(0))  # keys so far
+        self.enqueued = 0  # keys so far; a number, so that no step waits for the GPU to know it
         self.low_memory = args.low_memory
 
     def forward(self, clips):
         """(B, V, 3, T, H, W) -> queries, keys, each (B, V, D) of unit length."""
         q = common.per_view(self.encoder, clips, self.low_memory)
         with torch.no_grad():
-            k = shuffled(self.target, clips, seed=int(self.enqueued))
+            k = shuffled(self.target, clips, seed=self.enqueued)
         return F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+
+    def get_extra_state(self):  # for the checkpoint
+        return torch.tensor(self.enqueued)
+
+    def set_extra_state(self, state):
+        self.enqueued = int(state)
 
 
 def shuffled(network, clips, seed):
@@ -146,7 +152,7 @@ def main(argv=None):
     for step in common.train(args, videos, model, optimizer, sample_clips, chance):
         with step.autocast():
             q, k = network(step.clips)  # (B, V, D) each, float32
-        filled = min(int(model.enqueued), args.queue)
+        filled = min(model.enqueued, args.queue)
         loss = info_nce(q, k, model.queue[:filled], args.temperature)
         (args.views * loss).backward()  # the released code sums over the query clips
         m = momentum(args.momentum, step.progress)

@@ -151,7 +151,7 @@ def test_queue_wraps():
     for length, batches in [(10, [4] * 7), (3, [8, 2, 5]), (7, [7, 7]), (1, [4, 4])]:
         model = torch.nn.Module()
         model.register_buffer("queue", torch.full((length, 1), -1.0))
-        model.register_buffer("enqueued", torch.tensor(0))
+        model.enqueued = 0
         expected, count = [-1.0] * length, 0
         for n in batches:
             moco.enqueue(model, torch.arange(count, count + n).float().reshape(n, 1, 1))
