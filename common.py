@@ -78,9 +78,10 @@ def start(recipe, argv=None, rows=None):
         args.out = args.out or f"out/{args.method}-{name}-rho{args.rho}"
     else:
         _as_trained(args)
+    listed = rows and rows(args)
     root = Path(args.data or demo_videos("data/demo"))
     parted = not args.data or (not pretraining and (root / "train").is_dir())
-    videos = Videos(rows and rows(args) or (root / "train" if parted else root))
+    videos = Videos(listed or (root / "train" if parted else root))
     args.data_hash = videos.hash
     if not pretraining:
         args.val = args.val or os.path.join(root if parted else root.parent, "val")
