@@ -906,6 +906,7 @@ def load_weights(network, path):
         content = content[key] if isinstance(content, dict) and key in content else content
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no state dict")
+    content = {k: v for k, v in content.items() if isinstance(k, str) and torch.is_tensor(v)}
     for pattern, name in _PYTORCHVIDEO.items() if any("res_blocks" in k for k in content) else []:
         content = {re.sub(pattern, name, key): value for key, value in content.items()}
     wanted, found = network.state_dict(), {}
