@@ -133,6 +133,7 @@ def _as_trained(args):
         args.weights_hash = hashlib.sha256(data).hexdigest()[:16]
         content = content if isinstance(content, dict) else {}
         saved = content.get("config") or content.get("args") or {}
+        saved = saved if isinstance(saved, dict) else {}
         settings |= {name: saved[name] for name in settings if name in saved}
     for name, value in settings.items():
         setattr(args, name, getattr(args, name) or value)
