@@ -191,10 +191,27 @@ def wrong_file(kind, path):
         state = Hostile()
     elif kind == "list":
         state = [torch.zeros(3)]
+    elif kind == "numbers":
+        state = dict.fromkeys(state, 1.0)
+    elif kind == "numbered":
+        state = dict(enumerate(state.values()))
+    elif kind == "settings that are a text":
+        state = {"state_dict": {}, "config": "size: 32, frames: 8"}
+    elif kind == "empty":
+        return path.write_bytes(b"")
+    elif kind in ("part of the query network", "part of the encoder"):  # the slow one is whole
+        fast, slow = {"part of the query network": ("backbone.", "backbone_hist.")}.get(
+            kind, ("encoder.backbone.", "target.backbone.")
+        )
+        whole = {slow + name: tensor for name, tensor in state.items()}
+        del state["stage3.1.running_var"]
+        state = {"model": {**{fast + name: tensor for name, tensor in state.items()}, **whole}}
     torch.save(state, path)
 
 
 KINDS = ["one missing", "wrong shape", "not finite", "foreign", "text", "hostile", "list", "absent"]
+KINDS += ["numbers", "numbered", "settings that are a text", "empty"]
+KINDS += ["part of the query network", "part of the encoder"]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "caffe2"])
@@ -208,8 +225,8 @@ def test_wrong_weights_are_refused(kind, tmp_path, monkeypatch):
         common.load_weights(common.backbone("tiny"), path)
     message = str(caught.value)
     assert str(path) in message and "\n" not in message and not Path("ran").exists()
-    names = {"one missing": "stage3.1.running_var", "wrong shape": "stage3.1.running_var"}
-    assert names.get(kind, "") in message
+    if kind in ("one missing", "wrong shape", "not finite") or kind.startswith("part"):
+        assert "stage3.1.running_var" in message
 
 
 # --- test views and kNN
@@ -240,6 +257,9 @@ def test_portrait_is_cropped_along_its_height(tmp_path):
     _, x, _ = common._test_views(Namespace(frames=1, stride=1, size=64), [path], 1, 3, 0)
     whole = torch.cat([x[0, ..., :48, :], x[2, ..., 16:, :]], dim=-2)
     assert read_counter(whole[:, 0].permute(1, 2, 0).numpy()) == 0
+    assert torch.equal(x[1, ..., :48, :], x[0, ..., 16:, :])
+    _, central, _ = common._test_views(Namespace(frames=1, stride=1, size=64), [path], 1, 1, 0)
+    assert torch.equal(central[0], x[1])  # the one crop of --cached
 
 
 @pytest.mark.parametrize("n", [7, 30, 300])
@@ -277,6 +297,29 @@ def data(tmp_path_factory):
             make_video(
                 place / f"{part}{i:02d}.mp4", n=12, size=(40, 30), counters=[i % 2] * 12, draw=shade
             )
+    return root
+
+
+@pytest.fixture(scope="module")
+def hard(tmp_path_factory):
+    """Three classes of colours that overlap, so that no read-out is right or wrong everywhere; 24
+    videos to train on and 13 to test."""
+    root = tmp_path_factory.mktemp("hard")
+
+    def coloured(counter, width, height):
+        video, time = divmod(counter, 100)
+        rng = np.random.default_rng(video)
+        tone = 80 + 40 * np.eye(3)[video % 3] + rng.normal(0, 25, 3) + time * rng.normal(0, 1, 3)
+        noise = np.random.default_rng(counter).normal(0, 20, (height, width, 3))
+        return np.clip(tone + noise, 0, 255).astype(np.uint8)
+
+    for part, first, n in (("train", 0, 24), ("val", 24, 13)):
+        for video in range(first, first + n):
+            place = root / part / "abc"[video % 3]
+            place.mkdir(parents=True, exist_ok=True)
+            frames = range(100 * video, 100 * video + 24)
+            path = place / f"{video:02d}.mp4"
+            make_video(path, n=24, size=(32, 24), counters=frames, draw=coloured)
     return root
 
 
@@ -489,13 +532,21 @@ def test_wrong_flags(wrong, argv, capfd):
     assert wrong.split()[0] in refused([*argv, *wrong.split()], capfd) or "/dev/null" in wrong
 
 
-def test_backbone_opens_in_a_fresh_interpreter(weights):
-    """The README's six lines, which need torch and common.py alone."""
+def test_backbone_opens_in_a_fresh_interpreter(weights, tmp_path):
+    """The README's six lines, beside a common.py and nothing else of ours: the same features."""
     code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert len(code.strip().splitlines()) <= 6
     code = code.replace("out/byol-demo-rho2/backbone.pth", str(weights))
-    code += "assert features.shape == (1, backbone.feature_dim)\n"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    code += "print(features.tolist())\n"
+    (tmp_path / "common.py").write_bytes((ROOT / "common.py").read_bytes())
+    run = [sys.executable, "-c", "import torch; torch.set_num_threads(1)\n" + code]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    network = common.backbone("tiny")
+    common.load_weights(network, weights)
+    with torch.no_grad():
+        expected = network.eval()(torch.zeros(1, 3, 8, 32, 32))
+    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), expected)
 
 
 # --- kNN while training
