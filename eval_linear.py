@@ -168,12 +168,15 @@ def write_features(args, videos, backbone):
             file = open(args.extract, "wb")
         except OSError as error:
             common.fail(f"--extract {args.extract}: {error.strerror}")
-    features, _ = common.evaluate(args, videos, backbone, args.cached_clips)
+    features, problems = common.evaluate(args, videos, backbone, args.cached_clips)
+    for problem in problems:
+        common.say(f"WARN left out: {problem}")
+    read = np.flatnonzero(features.flatten(1).isfinite().all(1))
     if common.rank() == 0:
-        paths = np.array([videos[i] for i in range(len(videos))])
-        np.savez(file, features=features.mean(1).numpy(), labels=videos.labels, paths=paths)
+        paths, labels = np.array([videos[int(i)] for i in read]), videos.labels[read]
+        np.savez(file, features=features[read].mean(1).numpy(), labels=labels, paths=paths)
         file.close()
-    common.say(f"wrote {args.extract}: features of {len(videos)} videos")
+    common.say(f"wrote {args.extract}: features of {len(read)} of {len(videos)} videos")
 
 
 # --- training
