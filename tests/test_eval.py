@@ -22,7 +22,7 @@ import eval_linear
 import moco
 import simclr
 import swav
-from conftest import METHODS, ROOT, SMALL, run_ranks
+from conftest import METHODS, ROOT, SMALL, arguments, run_ranks
 from videos import make_video, read_counter
 
 # --- backbones and weights
@@ -408,22 +408,140 @@ def test_a_frozen_tensor_that_moves_is_noticed():
         eval_linear.assert_frozen(network, before, adapt_bn=False)
 
 
+@pytest.fixture
+def hard_argv(hard, weights, tmp_path):
+    flags = ["--weights", str(weights), "--data", str(hard), "--out", str(tmp_path / "probe")]
+    return [*flags, "--workers", "0", "--batch-size", "6", "--epochs", "6", "--warmup-epochs", "1"]
+
+
 def ranked(argv):
     eval_linear.main(argv)
 
 
+def scored(argv):
+    """Run a probe; what it reports: softmax scores (n, classes), labels (n,) and kNN."""
+    report, seen = eval_linear.report, []
+    eval_linear.report = lambda *args: (seen.extend(args), report(*args))[1]
+    try:
+        eval_linear.main(argv)
+    finally:
+        eval_linear.report = report
+    _, _, nearest, scores, labels, _ = seen
+    return scores.numpy(), labels.numpy(), nearest
+
+
 @pytest.mark.parametrize("mode", ["--cached", "--no-cached"])
-def test_any_number_of_ranks_scores_every_video_once(mode, argv):
-    """1, 2 and 3 processes: n = 7 of 7 videos and the same accuracies."""
-    results = []
+def test_any_number_of_ranks_scores_every_video_once(mode, hard_argv):
+    """1, 2 and 3 processes: 13 of 13 videos and the same scores of each, on every rank; cached, to
+    the last bit (else gradients are summed in another order)."""
+    results, first = [], None
     for ranks in (1, 2, 3):
-        flags = [*argv, mode, "--batch-size", "6", "--out", f"{argv[5]}-{ranks}"]
-        run_ranks(ranks, ranked, flags)
-        results.append(json.loads(Path(f"{argv[5]}-{ranks}", "result.json").read_text()))
-    for result in results:
-        assert result["n"] == 7 and result["missing"] == 0
-        for key in ("knn_top1", "linear_top1", "per_class"):
-            assert result[key] == results[0][key]
+        out = f"{hard_argv[5]}-{ranks}"
+        for scores, labels, nearest in run_ranks(ranks, scored, [*hard_argv, mode, "--out", out]):
+            first = first or (scores, labels, nearest)
+            assert scores.shape == (13, 3) and len({*scores[:, 0]}) == 13
+            np.testing.assert_allclose(scores, first[0], atol=0 if mode == "--cached" else 1e-5)
+            assert list(labels) == list(first[1]) and nearest == first[2]
+        results.append({**json.loads(Path(out, "result.json").read_text()), "command": ""})
+    assert results[0] == results[1] == results[2]
+    assert (results[0]["n"], results[0]["missing"]) == (13, 0)
+
+
+def extracted(argv, source, npz):
+    eval_linear.main([*argv, "--data", str(source), "--extract", str(npz)])
+
+
+def test_extracted_features_keep_the_order_and_give_the_knn(hard, weights, hard_argv, tmp_path):
+    """A shuffled list: features, labels and paths in its order, bit-equal on 1, 2 and 3 ranks, each
+    the backbone's of that video; a loop over them gives the knn_top1 of the result."""
+    rows, network = [], common.backbone("tiny").eval()
+    common.load_weights(network, weights)
+    for part in ("train", "val"):
+        videos = sorted((hard / part).rglob("*.mp4"))
+        np.random.default_rng(1).shuffle(videos)
+        text = "".join(f"{path}\t{path.parent.name}\n" for path in videos)
+        (tmp_path / f"{part}.txt").write_text(text)
+        for ranks in (1, 2, 3) if part == "val" else (1,):
+            npz = tmp_path / f"{part}-{ranks}.npz"
+            run_ranks(ranks, extracted, hard_argv, tmp_path / f"{part}.txt", npz)
+            found = np.load(npz)
+            assert list(found["paths"]) == [str(path) for path in videos]
+            assert ["abc"[i] for i in found["labels"]] == [path.parent.name for path in videos]
+            assert np.array_equal(
+                found["features"], np.load(npz.with_stem(f"{part}-1"))["features"]
+            )
+        clips = common.read_clips(videos[3], [i / 4 * 8 / 30 for i in range(4)], 4, 4, 18)
+        x = (torch.tensor(clips[:, :, :, 3:21]).permute(0, 4, 1, 2, 3) / 255 - 0.45) / 0.225
+        with torch.no_grad():
+            np.testing.assert_allclose(found["features"][3], network(x).mean(0), rtol=1e-4)
+        rows.append(found)
+    (bank, labels), (queries, truth) = ((r["features"], r["labels"]) for r in rows)
+    right = 0
+    for q, y in zip(queries, truth, strict=True):
+        s = [q @ b / np.linalg.norm(q) / np.linalg.norm(b) for b in bank]
+        votes = [0.0] * 3
+        for i in sorted(range(len(bank)), key=lambda i: -s[i])[:20]:
+            votes[labels[i]] += math.exp(s[i] / 0.07)
+        right += votes.index(max(votes)) == y
+    assert 0 < right < 13
+    assert probe([*hard_argv, "--cached"])["knn_top1"] == round(100 * right / 13, 2)
+
+
+def test_result_is_that_of_the_saved_probe(hard, hard_argv, tmp_path):
+    """The full protocol's numbers, again, from last.pth: softmax averaged over 10 clips x 3 crops
+    of each test video."""
+    result = probe([*hard_argv, "--no-cached"])
+    model = torch.load(tmp_path / "probe/last.pth", weights_only=True)["model"]
+    network, right = common.backbone("tiny").eval(), {"a": [], "b": [], "c": []}
+    network.load_state_dict(
+        {k.removeprefix("encoder.backbone."): v for k, v in model.items() if "backbone" in k}
+    )
+    for path in (hard / "val").rglob("*.mp4"):
+        last = 24 / 30 - 4 * 4 / 30
+        clips = common.read_clips(path, [i / 10 * last for i in range(10)], 4, 4, 18)
+        total = torch.zeros(3)
+        for left in (0, 3, 6):  # 24 pixels wide
+            x = torch.tensor(clips[:, :, :, left : left + 18]).permute(0, 4, 1, 2, 3)
+            with torch.no_grad():
+                features = network((x / 255 - 0.45) / 0.225)
+            scores = features @ model["encoder.linear.weight"].T + model["encoder.linear.bias"]
+            total += scores.exp().div(scores.exp().sum(1, keepdim=True)).sum(0)
+        right[path.parent.name].append(100.0 * ("abc"[total.argmax()] == path.parent.name))
+    assert result["per_class"] == {name: round(np.mean(each), 2) for name, each in right.items()}
+    assert result["linear_top1"] == round(np.mean(sum(right.values(), [])), 2)
+    assert 34 < result["linear_top1"] < 100 and result["views"] == 30
+
+
+def test_report_counts_hits(tmp_path):
+    """Top 1 and top 5 of eight classes, and each class's own share, counted by hand."""
+    scores = torch.arange(8.0, 0, -1).repeat(4, 1)  # the first class is first, the last is last
+    names = [f"class {i}" for i in range(8)]
+    args = Namespace(cached=True, cached_clips=4, weights="random", backbone="tiny", seed=3)
+    args.out = str(tmp_path)
+    eval_linear.report(args, names, 12.345, scores, torch.tensor([0, 0, 4, 5]), 6)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["linear_top1"], result["linear_top5"]) == (50, 75)
+    assert (result["n"], result["missing"], result["classes"]) == (4, 2, 8)
+    assert result["per_class"] == {"class 0": 100, "class 4": 0, "class 5": 0}
+
+
+def test_cached_probe_learns_what_is_there():
+    """Classes apart in one of 20 features, whose scale is a millionth of the others': all right;
+    shuffled labels: chance. So features are standardised, and nothing else leaks."""
+    torch.manual_seed(0)
+    labels = torch.arange(300) % 3
+    x = torch.randn(300, 2, 20)
+    x[..., 7] = 1e-2 * (labels[:, None] + 0.05 * torch.randn(300, 2))
+    x[..., :7] = 1e4 * x[..., :7] + 1e5
+    args = arguments(eval_linear.Recipe, seed=0, views=1, epochs=40, batch_size=30)
+
+    def accuracy(train_labels):
+        scores = eval_linear.cached_probe(args, x[:200], train_labels, x[200:], 3)
+        torch.testing.assert_close(scores.sum(1), torch.ones(100))
+        return (scores.argmax(1) == labels[200:]).float().mean()
+
+    assert accuracy(labels[:200]) > 0.97
+    assert 0.1 < accuracy(labels[:200][torch.randperm(200)]) < 0.6
 
 
 def stopped(argv):
@@ -522,6 +640,17 @@ def test_a_bad_test_video_is_fatal_unless_allowed(kind, argv, data, tmp_path, ca
     result = probe([*flags, "--allow-missing"])
     assert (result["n"], result["missing"]) == (7, 1)
     assert capfd.readouterr().out.count("WARN left out: ") == 1
+    without = probe([*argv, "--cached"])
+    for key in ("knn_top1", "linear_top1", "per_class"):
+        assert result[key] == without[key]
+    both = ["--data", str(tmp_path / "val.txt"), "--extract", str(tmp_path / "x.npz")]
+    assert "bad.mp4" in refused([*argv, *both], capfd)
+    eval_linear.main([*argv, *both, "--allow-missing"])
+    out, rows = capfd.readouterr().out, np.load(tmp_path / "x.npz")
+    assert out.count("bad.mp4") == 1 and "WARN left out: " in out
+    assert len(rows["features"]) == len(rows["labels"]) == len(rows["paths"])
+    good = np.isfinite(rows["features"]).all(1)
+    assert good.sum() == 7 and not any("bad.mp4" in path for path in rows["paths"][good])
 
 
 @pytest.mark.parametrize(
@@ -561,27 +690,88 @@ def trained(argv, stop=0):
     byol.main([*argv, *(["--max-steps", str(stop)] if stop else [])])
 
 
-def test_knn_curve_is_the_same_on_ranks_and_after_a_resume(data, tmp_path):
-    """Every 2 epochs and at the end, on the sibling folder val; 1, 2 processes, stopped or not."""
-    argv = ["--data", str(data / "train"), *SMALL, "--epochs", "5", "--knn-every", "2", "--out"]
-    run_ranks(1, trained, [*argv, str(tmp_path / "one")])
-    assert [epoch for epoch, _ in curve(tmp_path / "one")] == [2, 4, 5]
-    run_ranks(1, trained, [*argv, str(tmp_path / "again")], 5)
-    run_ranks(1, trained, [*argv, str(tmp_path / "again")])
-    assert curve(tmp_path / "again") == curve(tmp_path / "one")
-    run_ranks(2, trained, [*argv, str(tmp_path / "two")])
-    run_ranks(2, trained, [*argv, str(tmp_path / "both")], 3)
-    run_ranks(2, trained, [*argv, str(tmp_path / "both")])
-    assert curve(tmp_path / "both") == curve(tmp_path / "two")
-    last = torch.load(tmp_path / "one/last.pth", weights_only=True)["args"]
+def monitored(out, bank, queries):
+    """kNN accuracy that the last line of a run should have: the saved backbone, 2 clips a video, a
+    loop over the definition."""
     network = common.backbone("tiny").eval()
-    common.load_weights(network, tmp_path / "one/backbone.pth")
-    sides = []
-    for part in ("train", "val"):
-        videos = common.Videos(data / part)
-        rows, _ = common.evaluate(Namespace(**last), videos, network, clips=2)
-        sides += [rows.mean(1), torch.from_numpy(videos.labels)]
-    assert curve(tmp_path / "one")[-1][1] == pytest.approx(common.knn(*sides), rel=1e-4)
+    common.load_weights(network, out / "backbone.pth")
+
+    def features(path):
+        clips = common.read_clips(path, [0, (24 - 16) / 30 / 2], 4, 4, 16)  # 21 pixels wide
+        x = torch.tensor(clips[:, :, :, 2:18]).permute(0, 4, 1, 2, 3) / 255
+        with torch.no_grad():
+            return network((x - 0.45) / 0.225).mean(0).numpy()
+
+    banked = [(features(path), path.parent.name) for path in bank]
+    right = 0
+    for path in queries:
+        q, votes = features(path), dict.fromkeys("abc", 0.0)
+        cosines = [(b @ q / np.linalg.norm(b) / np.linalg.norm(q), label) for b, label in banked]
+        for s, label in sorted(cosines, reverse=True)[:20]:
+            votes[label] += math.exp(s / 0.07)
+        right += max(votes, key=votes.get) == path.parent.name
+    return 100 * right / len(queries)
+
+
+def test_knn_curve_is_the_same_after_a_resume(hard, tmp_path):
+    """Every 2 epochs and at the end, on the sibling folder val: the same whether stopped or not, on
+    1 process and on 2; the last is that of the saved backbone."""
+    argv = ["--data", str(hard / "train"), *SMALL, "--epochs", "5", "--knn-every", "2", "--out"]
+    curves = []
+    for ranks in (1, 2):
+        run_ranks(ranks, trained, [*argv, str(tmp_path / f"whole{ranks}")])
+        run_ranks(ranks, trained, [*argv, str(tmp_path / f"parts{ranks}")], 8 * ranks + 1)
+        run_ranks(ranks, trained, [*argv, str(tmp_path / f"parts{ranks}")])
+        curves.append(curve(tmp_path / f"whole{ranks}"))
+        assert [epoch for epoch, _ in curves[-1]] == [2, 4, 5]
+        assert curves[-1] == curve(tmp_path / f"parts{ranks}")
+        bank, queries = (sorted((hard / part).rglob("*.mp4")) for part in ("train", "val"))
+        expected = monitored(tmp_path / f"whole{ranks}", bank, queries)
+        assert curves[-1][-1][1] == pytest.approx(expected, rel=1e-4) and 0 < expected < 100
+
+
+class Still(torch.nn.BatchNorm3d):
+    """BN by running statistics, which stay as they are."""
+
+    def forward(self, x):
+        fixed = self.running_mean, self.running_var, self.weight, self.bias
+        return torch.nn.functional.batch_norm(x, *fixed, eps=self.eps)
+
+
+def without_batch_statistics(argv):
+    """SimCLR without the one thing that does depend on the number of processes."""
+    torch.nn.BatchNorm3d = Still
+    simclr.main([*argv, "--no-projector-bn"])
+
+
+def test_knn_curve_is_the_same_on_ranks(hard, tmp_path):
+    """1 and 2 processes, which train the same network: the same accuracy after every epoch."""
+    argv = ["--data", str(hard / "train"), *SMALL, "--knn-every", "1", "--lr", "0.03", "--out"]
+    for ranks in (1, 2):
+        run_ranks(
+            ranks, without_batch_statistics, [*argv, str(tmp_path / str(ranks)), "--epochs", "4"]
+        )
+    one, two = curve(tmp_path / "1"), curve(tmp_path / "2")
+    assert one == two and [epoch for epoch, _ in one] == [1, 2, 3, 4]
+    assert len({accuracy for _, accuracy in one}) > 1
+
+
+def test_monitoring_changes_nothing(hard, tmp_path):
+    """With and without --knn-every: the same weights and BN statistics, bit for bit."""
+    for every in ("0", "1"):
+        argv = ["--data", str(hard / "train"), *SMALL, "--queue", "50", "--knn-every", every]
+        moco.main([*argv, "--out", str(tmp_path / every)])
+    models = [torch.load(tmp_path / n / "last.pth", weights_only=True)["model"] for n in "01"]
+    assert not curve(tmp_path / "0") and len(curve(tmp_path / "1")) == 2
+    assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
+
+
+def test_knn_without_a_sibling_folder(hard, tmp_path):
+    """Every fifth video of the sorted list is a query, the others are the bank."""
+    trained(["--data", str(hard / "val"), *SMALL, "--knn-every", "2", "--out", str(tmp_path)])
+    videos = sorted((hard / "val").rglob("*.mp4"))
+    expected = monitored(tmp_path, [p for i, p in enumerate(videos) if i % 5], videos[::5])
+    assert curve(tmp_path) == [(2, pytest.approx(expected, rel=1e-4))]
 
 
 def test_knn_without_a_sibling_folder_holds_a_fifth_out(folder):
