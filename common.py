@@ -352,7 +352,8 @@ def _open(path):
 def read_clips(path, starts, frames, stride, size=None):
     """Decode clips of one video, in the order of `starts`, with one open and one thread.
 
-    starts: seconds from the first frame, or a function that makes them from the duration.
+    starts: seconds from the first frame, (clips,), or those of all frames, (clips, T), or a
+    function that makes them from the duration.
     Frame i of a clip is the one on display at start + i * stride / 30 seconds: the last whose time
     stamp is at most 1 ms later; past the end the last frame repeats. size: the short side in
     pixels. Returns (clips, T, H, W, 3) uint8 RGB. Raises ValueError if the file cannot be read.
@@ -365,11 +366,16 @@ def read_clips(path, starts, frames, stride, size=None):
             stream.thread_type, stream.codec_context.thread_count = "NONE", 1
             if callable(starts):
                 starts = starts(_duration(path, container, stream))
-            times = np.add.outer(np.asarray(starts, float), np.arange(frames) * stride / 30)
+            times = _frame_times(np.asarray(starts, float), frames, stride)
             pictures = _frames_at(container, stream, times.ravel(), size)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
     return pictures.reshape(*times.shape, *pictures.shape[1:])
+
+
+def _frame_times(starts, frames, stride):
+    """(clips,) starts, or the (clips, T) times themselves -> (clips, T)."""
+    return starts if starts.ndim == 2 else starts[:, None] + np.arange(frames) * stride / 30
 
 
 def _duration(path, container, stream):
@@ -633,7 +639,9 @@ def _views(args, videos, sample_clips, crop, key, bad):
         seeds = torch.from_numpy(rng.integers(2**62, size=(2, args.views)))
         with torch.random.fork_rng(devices=[]):
             views = [_draw([crop], *pair) for pair in zip(clips, seeds[0], strict=True)]
-        return torch.stack(views), seeds[1], torch.tensor(starts).expand(args.views), number
+        starts = torch.tensor(starts)  # (rho,), or (rho, T) times of all frames
+        starts = starts.expand(args.views, *starts.shape[1:])
+        return torch.stack(views), seeds[1], starts, number
 
 
 def _draw(operators, clip, seed):
@@ -656,7 +664,7 @@ def _show_views(args, clips, starts):
     """Write a picture of up to 4 videos: a row for each view, a column for each frame."""
     pictures = (clips[:4] * _STD + _MEAN).transpose(2, 3).clamp(0, 1).flatten(0, 2)
     pictures = F.interpolate(pictures, scale_factor=math.ceil(96 / args.size))
-    times = starts[:4].flatten()[:, None] + torch.arange(args.frames) * args.stride / 30
+    times = _frame_times(starts[:4].flatten(0, 1).numpy(), args.frames, args.stride)
     corner, mark = torch.tensor([[0, 0, 1, 1]]), torchvision.utils.draw_bounding_boxes
     pairs = zip(pictures.cpu(), times.flatten(), strict=True)
     marked = [mark(picture, corner, [f"{seconds:.2f} s"]) for picture, seconds in pairs]
@@ -987,10 +995,11 @@ def learning_rate(args, epoch):
 def evaluate(args, videos, network, clips, crops=1, which=None):
     """What a network makes of each video's test views (clips * crops, 3, T, H, W), as it is.
 
-    Clips start at 0, 1/clips, ... of the last possible start (KIN:217), crops lie evenly along the
-    long side. which: numbers of videos, all by default. Each is read once, on one rank. Returns, on
-    every rank, rows (n, ...) float32 on the CPU, in order, and why videos could not be read: that
-    ends the run if args.allow_missing is False, else the row is NaN.
+    Clips start at 0, 1/clips, ... of the last possible start (KIN:217), or where the function
+    clips(duration, span) says; crops lie evenly along the long side. which: numbers of videos, all
+    by default. Each is read once, on one rank. Returns, on every rank, rows (n, ...) float32 on the
+    CPU, in order, and why videos could not be read: that ends the run if args.allow_missing is
+    False, else the row is NaN.
     """
     which = range(len(videos)) if which is None else which
     views = partial(_test_views, args, videos, clips, crops)
@@ -1018,15 +1027,14 @@ def evaluate(args, videos, network, clips, crops=1, which=None):
 
 def _test_views(args, videos, clips, crops, i):
     size, span = getattr(args, "test_size", args.size), args.frames * args.stride / 30
-    shares = np.arange(clips) / clips
+
+    def choose(duration):
+        if callable(clips):
+            return clips(duration, span)
+        return np.arange(clips) / clips * max(0, duration - span)
+
     try:
-        x = read_clips(
-            videos[i],
-            lambda seconds: shares * max(0, seconds - span),
-            args.frames,
-            args.stride,
-            size,
-        )
+        x = read_clips(videos[i], choose, args.frames, args.stride, size)
     except ValueError as error:
         return i, None, str(error)
     x = torch.from_numpy(x.copy()).permute(0, 4, 1, 2, 3)  # (clips, 3, T, H, W)
