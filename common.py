@@ -981,9 +981,13 @@ def make_optimizer(model, args):
 
 
 def learning_rate(args, epoch):
-    """At a fractional epoch: half a cosine over the run, a linear warm-up to meet it (LRP:9)."""
+    """At a fractional epoch: half a cosine over the run, or a tenth after each of args.lr_steps if
+    they are not 0, and a linear warm-up to meet it (LRP:9)."""
     peak = args.lr * args.batch_size / 64 * max(1, args.views / 2)
-    high = peak * 0.5 * (1 + math.cos(math.pi * max(epoch, args.warmup_epochs) / args.epochs))
+    then, steps = max(epoch, args.warmup_epochs), getattr(args, "lr_steps", (0.0,))
+    high = peak * 0.5 * (1 + math.cos(math.pi * then / args.epochs))
+    if any(steps):
+        high = peak * 0.1 ** sum(then >= step for step in steps)
     if epoch >= args.warmup_epochs:
         return high
     return high * (0.001 + 0.999 * epoch / args.warmup_epochs)
