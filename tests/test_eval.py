@@ -451,7 +451,9 @@ def extracted(argv, source, npz):
     eval_linear.main([*argv, "--data", str(source), "--extract", str(npz)])
 
 
-def test_extracted_features_keep_the_order_and_give_the_knn(hard, weights, hard_argv, tmp_path):
+def test_extracted_features_keep_the_order_and_give_the_knn(
+    hard, weights, hard_argv, tmp_path, monkeypatch
+):
     """A shuffled list: features, labels and paths in its order, bit-equal on 1, 2 and 3 ranks, each
     the backbone's of that video; a loop over them gives the knn_top1 of the result."""
     rows, network = [], common.backbone("tiny").eval()
@@ -484,19 +486,24 @@ def test_extracted_features_keep_the_order_and_give_the_knn(hard, weights, hard_
             votes[labels[i]] += math.exp(s[i] / 0.07)
         right += votes.index(max(votes)) == y
     assert 0 < right < 13
+    knn, seen = common.knn, []
+    monkeypatch.setattr(common, "knn", lambda *args: (seen.extend(args), knn(*args))[1])
     assert probe([*hard_argv, "--cached"])["knn_top1"] == round(100 * right / 13, 2)
+    for found, used in zip(rows, (seen[0], seen[2]), strict=True):  # those in order of their names
+        np.testing.assert_allclose(found["features"][found["paths"].argsort()], used, rtol=1e-5)
 
 
 def test_result_is_that_of_the_saved_probe(hard, hard_argv, tmp_path):
     """The full protocol's numbers, again, from last.pth: softmax averaged over 10 clips x 3 crops
     of each test video."""
-    result = probe([*hard_argv, "--no-cached"])
+    reported, _, _ = scored([*hard_argv, "--no-cached"])
+    result = result_of(hard_argv)
     model = torch.load(tmp_path / "probe/last.pth", weights_only=True)["model"]
     network, right = common.backbone("tiny").eval(), {"a": [], "b": [], "c": []}
     network.load_state_dict(
         {k.removeprefix("encoder.backbone."): v for k, v in model.items() if "backbone" in k}
     )
-    for path in (hard / "val").rglob("*.mp4"):
+    for path, row in zip(sorted((hard / "val").rglob("*.mp4")), reported, strict=True):
         last = 24 / 30 - 4 * 4 / 30
         clips = common.read_clips(path, [i / 10 * last for i in range(10)], 4, 4, 18)
         total = torch.zeros(3)
@@ -506,6 +513,7 @@ def test_result_is_that_of_the_saved_probe(hard, hard_argv, tmp_path):
                 features = network((x / 255 - 0.45) / 0.225)
             scores = features @ model["encoder.linear.weight"].T + model["encoder.linear.bias"]
             total += scores.exp().div(scores.exp().sum(1, keepdim=True)).sum(0)
+        np.testing.assert_allclose(row, total / 30, atol=1e-5)
         right[path.parent.name].append(100.0 * ("abc"[total.argmax()] == path.parent.name))
     assert result["per_class"] == {name: round(np.mean(each), 2) for name, each in right.items()}
     assert result["linear_top1"] == round(np.mean(sum(right.values(), [])), 2)
