@@ -41,6 +41,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
+from torchvision.tv_tensors import BoundingBoxes
 from tqdm import tqdm
 
 # --- options
@@ -295,8 +296,12 @@ class Videos:
 
     Nothing is opened. The paths are one array of bytes: a million Python strings would be copied
     into each worker, page by page, as their reference counts change. labels: (n,), -1 for none,
-    counted along classes, their sorted names unless given; hash: of paths and labels.
+    counted along classes, their sorted names unless given; hash: of paths and labels. moments,
+    boxes: where a moment of each video matters, seconds (n,), and what is there, (n, M, 4): x1 y1
+    x2 y2 as shares of width and height.
     """
+
+    moments = boxes = None
 
     def __init__(self, source, classes=None, flag="--data"):
         rows, self.root = source, ""
@@ -593,9 +598,9 @@ def _sobel(clip):
 def _batch(args, videos, sample_clips, on_cpu, step):
     """This rank's part, a contiguous slice, of the batch of a step, in a worker.
 
-    Returns views (B, V, ...), seeds (B, V), starts (B, V), numbers of the videos (B,), and the
-    reasons of bad ones. Views are (T, 3, H, W) uint8, or (3, T, H, W) float32 where there is no GPU
-    to finish them.
+    Returns views (B, V, ...), seeds (B, V), starts (B, V), boxes (B, V, M, 4), numbers of the
+    videos (B,), and the reasons of bad ones. Views are (T, 3, H, W) uint8, or (3, T, H, W) float32
+    where there is no GPU to finish them.
     """
     epoch, i = divmod(step, len(videos) // args.batch_size)
     order = np.random.default_rng((args.seed, epoch)).permutation(len(videos))
@@ -606,9 +611,9 @@ def _batch(args, videos, sample_clips, on_cpu, step):
     for video in order[begin : begin + share]:
         items.append(_views(args, videos, sample_clips, crop, (epoch, int(video)), bad))
         if items[-1] is None:
-            return None, None, None, None, bad
-    views, seeds, starts, numbers = (default_collate(column) for column in zip(*items, strict=True))
-    return _augment(views, seeds, rest) if on_cpu else views, seeds, starts, numbers, bad
+            return *[None] * 5, bad
+    views, seeds, *more = (default_collate(column) for column in zip(*items, strict=True))
+    return _augment(views, seeds, rest) if on_cpu else views, seeds, *more, bad
 
 
 def _views(args, videos, sample_clips, crop, key, bad):
@@ -620,10 +625,12 @@ def _views(args, videos, sample_clips, crop, key, bad):
         rng, starts = np.random.default_rng((args.seed, *key, attempt)), []
         number = key[1] if attempt == 0 else int(rng.integers(len(videos)))
 
-        def choose(duration, rng=rng, starts=starts):
+        moment = _moment(videos, number)
+
+        def choose(duration, rng=rng, starts=starts, moment=moment):
             rho, timespan = getattr(args, "rho", 1), getattr(args, "timespan", None)
             span = args.frames * args.stride / 30
-            starts += sample_clips(duration, span, rho, timespan, rng)
+            starts += sample_clips(duration, span, rho, timespan, rng, **moment)
             return starts
 
         size = int(rng.integers(args.short_side[0], args.short_side[-1], endpoint=True))
@@ -639,9 +646,30 @@ def _views(args, videos, sample_clips, crop, key, bad):
         seeds = torch.from_numpy(rng.integers(2**62, size=(2, args.views)))
         with torch.random.fork_rng(devices=[]):
             views = [_draw([crop], *pair) for pair in zip(clips, seeds[0], strict=True)]
+            boxes = _view_boxes(args, videos, number, clips.shape[-2:], seeds)
         starts = torch.tensor(starts)  # (rho,), or (rho, T) times of all frames
         starts = starts.expand(args.views, *starts.shape[1:])
-        return torch.stack(views), seeds[1], starts, number
+        return torch.stack(views), seeds[1], starts, boxes, number
+
+
+def _moment(videos, i):
+    return {} if videos.moments is None else {"moment": float(videos.moments[i])}
+
+
+def _boxes(videos, i, height, width):
+    """(M, 4): in pixels of a whole picture."""
+    return torch.from_numpy(videos.boxes[i]).float() * torch.tensor([width, height] * 2)
+
+
+def _view_boxes(args, videos, i, shape, seeds):
+    """(V, M, 4): in pixels of the views with these seeds, cut at their edges; M = 0 if none are."""
+    if videos.boxes is None:
+        return torch.zeros(args.views, 0, 4)
+    whole = BoundingBoxes(_boxes(videos, i, *shape), format="XYXY", canvas_size=tuple(shape))
+    crop, rest = _operators(args)
+    flip = [operator for operator in rest if isinstance(operator, v2.RandomHorizontalFlip)]
+    pairs = [_draw(flip, _draw([crop], whole, a), b) for a, b in seeds.T]  # flip is rest's first
+    return torch.stack([boxes.as_subclass(torch.Tensor) for boxes in pairs])
 
 
 def _draw(operators, clip, seed):
@@ -1000,10 +1028,11 @@ def evaluate(args, videos, network, clips, crops=1, which=None):
     """What a network makes of each video's test views (clips * crops, 3, T, H, W), as it is.
 
     Clips start at 0, 1/clips, ... of the last possible start (KIN:217), or where the function
-    clips(duration, span) says; crops lie evenly along the long side. which: numbers of videos, all
-    by default. Each is read once, on one rank. Returns, on every rank, rows (n, ...) float32 on the
-    CPU, in order, and why videos could not be read: that ends the run if args.allow_missing is
-    False, else the row is NaN.
+    clips(duration, span) says; crops lie evenly along the long side; crops = 0: the whole picture,
+    and the network gets its boxes (M, 4) in pixels too. which: numbers of videos, all by default.
+    Each is read once, on one rank. Returns, on every rank, rows (n, ...) float32 on the CPU, in
+    order, and why videos could not be read: that ends the run if args.allow_missing is False, else
+    the row is NaN.
     """
     which = range(len(videos)) if which is None else which
     views = partial(_test_views, args, videos, clips, crops)
@@ -1017,7 +1046,9 @@ def evaluate(args, videos, network, clips, crops=1, which=None):
             continue
         x = (x.to(device()) / 255 - _MEAN) / _STD
         with torch.no_grad(), autocast():
-            rows[i] = network(x.contiguous(memory_format=torch.channels_last_3d)).float().cpu()
+            more = [] if crops else [_boxes(videos, i, *x.shape[-2:]).to(x)]
+            x = x.contiguous(memory_format=torch.channels_last_3d)
+            rows[i] = network(x, *more).float().cpu()
     parts = [(rows, problems)] * world_size()
     if world_size() > 1:
         dist.all_gather_object(parts, (rows, problems))
@@ -1034,7 +1065,7 @@ def _test_views(args, videos, clips, crops, i):
 
     def choose(duration):
         if callable(clips):
-            return clips(duration, span)
+            return clips(duration, span, **_moment(videos, i))
         return np.arange(clips) / clips * max(0, duration - span)
 
     try:
@@ -1045,7 +1076,7 @@ def _test_views(args, videos, clips, crops, i):
     long = 3 if x.shape[3] > x.shape[4] else 4
     at = np.linspace(0, 1, crops) if crops > 1 else [0.5]
     cuts = [x.narrow(long, round(share * (x.shape[long] - size)), size) for share in at]
-    return i, torch.cat(cuts), None
+    return i, torch.cat(cuts) if crops else x, None
 
 
 def knn(bank, bank_labels, queries, labels, k=20, temperature=0.07):
@@ -1137,11 +1168,11 @@ class _Run:
         self.waited += time.monotonic() - begun
         return batch
 
-    def begin(self, views, seeds, starts, numbers, bad):
+    def begin(self, views, seeds, starts, boxes, numbers, bad):
         self.note(bad)
         if views is None or len(bad) > max(10, len(views)):
             fail(f"most videos cannot be read; the first: {self.bad[0]}")
-        self.numbers, self.starts = numbers, starts
+        self.numbers, self.starts, self.boxes = numbers, starts, boxes
         views = views.to(device(), non_blocking=True)
         self.clips = views if views.is_floating_point() else _augment(views, seeds, self.rest)
         self.labels = torch.from_numpy(self.videos.labels)[numbers].to(device())
