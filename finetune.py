@@ -9,10 +9,12 @@ Protocol Feichtenhofer et al., 2021 (arXiv 2104.14558), section 4, for UCF101 an
 Data     folder: two class folders or labelled lists, --data and --val. The others: the official
          files and the videos, anywhere in --data, whatever their names end in.
          ucf101, hmdb51: the split files. ssv2: json files; a frame from each of 8 parts of a video.
-         charades: csv files; 157 sigmoids, the maximum over views.
+         charades: csv files; 157 sigmoids, the maximum over views. ava: csv files v2.2, films or
+         their cuts from 900 s on; 80 sigmoids of each person's box; frame mAP at IoU 0.5.
 Scratch  Without --weights: the supervised baseline; its backbone.pth feeds the other scripts.
 Differs  From the released code: BN statistics over all ranks, frames 8 apart, not 9; short sides
          are drawn uniformly. ssv2: RGB and a crop in the middle, not BGR and on the left (SSV:220).
+         ava: trained on annotated boxes alone; equal scores share a threshold.
 Recipe   python finetune.py --weights backbone.pth --dataset ucf101 --data UCF101
 """
 
@@ -22,6 +24,7 @@ import glob
 import json
 import math
 import os
+import re
 import sys
 from collections import OrderedDict
 from functools import partial
@@ -31,6 +34,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import box_iou, roi_align
 
 import common
 
@@ -39,9 +43,10 @@ import common
 
 class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     weights = "", ""  # file of a backbone to start from; none: from scratch
-    dataset = "folder", "folder"  # folder, ucf101, hmdb51, ssv2 or charades: what lists the videos
+    dataset = "folder", "folder"  # or ucf101, hmdb51, ssv2, charades, ava: what lists the videos
     split = 1, 1  # of ucf101 and hmdb51: 1, 2 or 3
     val = "", ""  # folder or list of the test videos; none: the folder val beside train in --data
+    boxes = "", ""  # of ava, to test on: csv of detected ones with scores; none: the annotated
     allow_missing = False, False  # leave videos out that cannot be read, and say how many
     backbone = "", ""  # network; none: as the weights were trained, as are the next three
     frames = 0, 0  # frames of a clip, 0 = as trained
@@ -68,6 +73,8 @@ SETTINGS = {  # the study's where they are not the above, UCF101's; any flag giv
     # SlowFast's configs/Charades/SLOWFAST_16x8_R50 (0.0375 per 16 videos): the study's is not known
     "charades": """--epochs 57 --lr 0.15 --lr-steps 41 49 --warmup-epochs 4 --weight-decay 1e-4
         --dropout 0.5 --augment crop,flip""",
+    "ava": """--epochs 32 --lr 0.3 --lr-steps 16 24 28 --warmup-epochs 5.3 --weight-decay 1e-7
+        --dropout 0.5 --augment crop,flip --test-clips 1 --test-crops 1""",
 }
 
 
@@ -101,6 +108,12 @@ def segments(args, duration, span, rho=0, timespan=None, rng=None):
     return ((np.arange(args.frames) + within) * duration / args.frames).tolist()  # (clips, T)
 
 
+def around(duration, span, rho=1, timespan=None, rng=None, moment=0.0):
+    """Start (seconds) of a clip with a moment of a film in its middle (DU:55). A video of less than
+    20 minutes is a cut of the film, from 900 s on (AVH:121)."""
+    return [moment - 900 * (duration < 1200) - span / 2] * rho
+
+
 class Classifier(nn.Module):
     def __init__(self, args, classes):
         super().__init__()
@@ -116,6 +129,31 @@ class Classifier(nn.Module):
         backbone, dropout, linear = self.encoder
         features = common.per_view(backbone, clips, self.low_memory)
         return features, linear(dropout(features[:, 0])).float()
+
+
+class Detector(Classifier):
+    def __init__(self, args, classes):
+        super().__init__(args, classes)
+        dilate(self.encoder.backbone)
+
+    def forward(self, clips, boxes):
+        """(B, 1, 3, T, H, W), boxes (B, 1, M, 4) in pixels -> features (B, 1, D), scores of the
+        classes for each box (B, M, classes); HEAD:20."""
+        backbone, dropout, linear = self.encoder
+        maps = common.per_view(nn.Sequential(*backbone), clips, self.low_memory)[:, 0].mean(2)
+        scale = 2.0 ** round(math.log2(maps.shape[-1] / clips.shape[-1]))  # (B, D, H / 16, W / 16)
+        parts = roi_align(maps, [*boxes[:, 0].float()], 7, scale, sampling_ratio=0, aligned=True)
+        scores = linear(dropout(parts.amax((2, 3)))).float()  # (B * M, classes)
+        return maps.mean((2, 3))[:, None], scores.unflatten(0, boxes.shape[::2])
+
+
+def dilate(backbone):
+    """Make the last stage's map as fine as its input: no stride, 3x3 convolutions dilated by 2."""
+    convolutions = [m for m in [*backbone][-1].modules() if isinstance(m, nn.Conv3d)]
+    for conv in convolutions if any(m.stride[2] == 2 for m in convolutions) else []:
+        conv.stride = (conv.stride[0], 1, 1)
+        if conv.kernel_size[2] == 3:
+            conv.dilation, conv.padding = (1, 2, 2), (conv.padding[0], 2, 2)
 
 
 def rows(args, part="train"):
@@ -141,9 +179,9 @@ def rows(args, part="train"):
 
 
 def listed(args, part):
-    """What the official files say of a part: (name, class) of each video, or (name, actions), see
-    charades; None for a folder."""
-    parsers = {"ucf101": ucf101, "hmdb51": hmdb51, "ssv2": ssv2, "charades": charades}
+    """What the official files say of a part: (name, class) of each video, or (name, note), see
+    charades and ava; None for a folder."""
+    parsers = {parser.__name__: parser for parser in (ucf101, hmdb51, ssv2, charades, ava)}
     if args.dataset == "folder":
         return None
     if args.dataset not in parsers:
@@ -152,8 +190,9 @@ def listed(args, part):
         common.fail(f"--data is missing: {args.dataset} has no demo")
     try:
         found = parsers[args.dataset](args, part)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        common.fail(f"--data {args.data}: a list of {args.dataset} is damaged: {error!r}")
+    except (OSError, LookupError, AttributeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        common.fail(f"--data {args.data}: cannot read a list of {args.dataset}: {reason}")
     return found or common.fail(f"--data {args.data}: a list of {args.dataset} is empty")
 
 
@@ -208,36 +247,149 @@ def charades(args, part):
     return found
 
 
-def active(actions, start=0.0, end=math.inf, classes=157):
-    """(classes,) float: 1 for the actions that overlap a stretch of time (CHA:209)."""
+def ava(args, part):
+    """ava_train_v2.2.csv, ava_val_v2.2.csv: see key_frames. -> (name, (second, boxes, actions of
+    each box)) of each key frame; in testing its boxes are those of args.boxes, if given."""
+    text = official(args, f"ava_{'train' if part == 'train' else 'val'}_v2.2.csv")
+    left_out = excluded(args) if part == "test" else set()
+    frames = key_frames(text, left_out)
+    if part == "test" and args.boxes:
+        frames = key_frames(Path(args.boxes).read_text(), left_out, 0.9)
+    notes = {k: ([box[:4] for box in boxes], [*boxes.values()]) for k, boxes in frames.items()}
+    return [(f"{video}.mp4", (second, *note)) for (video, second), note in notes.items()]
+
+
+def excluded(args):
+    """{(video, second)} of ava_val_excluded_timestamps_v2.2.csv, lines `video,second`."""
+    lines = csv.reader(official(args, "ava_val_excluded_timestamps_v2.2.csv").splitlines())
+    return {(line[0], int(line[1])) for line in lines if line}
+
+
+def key_frames(text, left_out=(), least=0.0):
+    """Lines `video,second,x1,y1,x2,y2,action,person`; a box of several actions has a line for each.
+
+    {(video, second): {(x1, y1, x2, y2, person): [actions, from 0]}}. Of a detector the last column
+    is the score, at least so much (AVH:63), the action empty or -1.
+    """
+    frames = {}
+    for video, second, *rest in csv.reader(text.splitlines()):
+        key = video, int(float(second))
+        if not rest or key in left_out:  # nobody is there
+            continue
+        *box, action, last = rest
+        x1, y1, x2, y2 = map(float, box)
+        if least and float(last) < least:
+            continue
+        boxes = frames.setdefault(key, {})
+        actions = boxes.setdefault((x1, y1, x2, y2, "" if least else last), [])
+        actions += [int(action) - 1] if action not in ("", "-1") else []
+    return frames
+
+
+def ava_classes(args):
+    """{action, from 0: name} of the 60 that count: `label { name: "stand" label_id: 12 ... }`."""
+    text = official(args, "ava_action_list_v2.2_for_activitynet_2019.pbtxt")
+    found = re.findall(r'name: "(.*)"\s+(?:label_)?id: (\d+)', text)
+    return {int(number) - 1: name for name, number in found}
+
+
+def annotate(args, videos, part):
+    """The notes of the videos of a data set with several actions a video; a video's label becomes
+    the number of its note, and AVA's get their moments and boxes."""
+    if args.dataset == "ava" and "rotate" in args.augment:
+        common.fail("--augment rotate: boxes do not follow it")
+    notes = [note for _, note in listed(args, part)]
+    videos.labels = np.arange(len(videos))
+    if args.dataset == "ava":
+        seconds, boxes, notes = zip(*notes, strict=True)
+        videos.moments = np.array(seconds)
+        videos.boxes = np.zeros((len(boxes), max(map(len, boxes)), 4), np.float32)
+        for i, found in enumerate(boxes):
+            videos.boxes[i, : len(found)] = found
+    common.say(f"{part}: {len(videos)} videos or key frames with notes")
+    return notes
+
+
+def multi_hot(numbers, classes):
+    """(classes,) float: 1 at the numbers."""
     target = torch.zeros(classes)
-    target[[number for number, first, last in actions if first <= end and last >= start]] = 1
+    target[numbers] = 1
     return target
 
 
+def active(actions, start=0.0, end=math.inf):
+    """(157,): the actions of Charades that overlap a stretch of time (CHA:209)."""
+    return multi_hot([c for c, first, last in actions if first <= end and last >= start], 157)
+
+
 def targets(args, notes, step):
-    """(B, classes): the actions during each clip."""
-    times = step.starts[:, 0].tolist()
-    span = (args.frames - 1) * args.stride / 30
-    clips = zip(step.labels.tolist(), times, strict=True)
-    return torch.stack([active(notes[i], start, start + span) for i, start in clips])
+    """Charades: (B, 157), the actions during each clip. AVA: (B, M, 80), NaN where is no box."""
+    numbers, times = step.labels.tolist(), step.starts[:, 0].tolist()
+    if args.dataset == "charades":
+        span = (args.frames - 1) * args.stride / 30
+        clips = zip(numbers, times, strict=True)
+        return torch.stack([active(notes[i], start, start + span) for i, start in clips])
+    target = torch.full((*step.boxes.shape[::2], 80), math.nan)
+    for b, i in enumerate(numbers):
+        target[b, : len(notes[i])] = torch.stack([multi_hot(actions, 80) for actions in notes[i]])
+    return target
 
 
-def prior_entropy(marks):
-    """Mean binary cross entropy (...) of what knows how frequent each class is, and no more."""
-    shares = marks.mean(0)
+def multi_label_loss(scores, target):
+    """Mean binary cross entropy of scores (..., classes), but where the target is NaN."""
+    known = target.isfinite()
+    return F.binary_cross_entropy_with_logits(scores[known], target[known])
+
+
+def prior_entropy(args, notes):
+    """The multi-label loss of what knows how frequent each class is, and no more."""
+    if args.dataset == "charades":
+        marks = [active(actions) for actions in notes]
+    else:
+        marks = [multi_hot(actions, 80) for boxes in notes for actions in boxes]
+    shares = torch.stack(marks).mean(0)
     return F.binary_cross_entropy(shares, shares).item()
 
 
-def average_precision(scores, positive):
+def average_precision(scores, positive, total=None, best=False):
     """Area under the steps of precision over recall of scores (n,), of which some are positive
-    (n,); equal scores come in together. NaN if none is positive."""
+    (n,); equal scores come in together. total: positives to be found, by default those here; best:
+    precision is the best at this recall or more. NaN if there are no positives."""
     order = np.argsort(-scores, kind="stable")
-    last = np.append(np.diff(scores[order]) != 0, True)  # of equal scores
+    last = np.append(np.diff(scores[order]) != 0, True)[: len(scores)]  # of equal scores
     hits, seen = np.cumsum(positive[order])[last], np.flatnonzero(last) + 1
-    if not positive.any():
-        return math.nan
-    return float(np.sum(np.diff(hits, prepend=0) / hits[-1] * hits / seen))
+    total, precision = positive.sum() if total is None else total, hits / seen
+    if best:
+        precision = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(np.sum(np.diff(hits, prepend=0) * precision) / total) if total else math.nan
+
+
+def right(boxes, scores, people, marks, least=0.5):
+    """Which scores (k, classes) of boxes (k, 4) are right, (k, classes) bool.
+
+    people: (m, 4), marks: (m, classes) bool. By falling score, a box is right about a class if,
+    of the people with the class, the one that it overlaps most, at IoU `least` or more, is free.
+    """
+    found = np.zeros(scores.shape, bool)
+    overlap = box_iou(torch.as_tensor(boxes).double(), torch.as_tensor(people).double()).numpy()
+    for c in np.flatnonzero(marks.any(0) & (len(boxes) > 0)):
+        mine, taken = np.flatnonzero(marks[:, c]), set()
+        for box in np.argsort(-scores[:, c], kind="stable"):
+            person = mine[overlap[box, mine].argmax()]
+            if overlap[box, person] >= least and person not in taken:
+                taken.add(person)
+                found[box, c] = True
+    return found
+
+
+def frame_precisions(frames):
+    """Average precision at IoU 0.5 of each class, (classes,), NaN where nobody has it; of frames
+    (boxes, scores, people, marks), see right. Precision is the best at a recall or more."""
+    scores = np.concatenate([scores for _, scores, _, _ in frames])
+    found = np.concatenate([right(*frame) for frame in frames])
+    totals = sum(marks.sum(0) for *_, marks in frames)
+    columns = zip(scores.T, found.T, totals, strict=True)
+    return np.array([average_precision(*column, best=True) for column in columns])
 
 
 def test_videos(source, videos):
@@ -268,33 +420,73 @@ def labelled(args, videos, network, clips, crops=1):
     return rows[read], torch.from_numpy(videos.labels)[read]
 
 
-def accuracies(classes, scores, labels):
-    """In percent, of softmax scores (m, classes)."""
-    right = scores.argmax(-1) == labels  # (m,)
+def test_classes(args, model, val, classes):
+    """Accuracies in percent, and of how many videos."""
+    clips = partial(segments, args) if args.dataset == "ssv2" else args.test_clips
+    softmax = lambda x: model.encoder(x).softmax(-1).mean(0)  # noqa: E731
+    scores, labels = labelled(args, val, softmax, clips, args.test_crops)  # (m, classes), (m,)
+    hits = scores.argmax(-1) == labels
     five = (scores.topk(min(5, len(classes))).indices == labels[:, None]).any(-1)
-    each = {name: right[labels == i] for i, name in enumerate(classes) if (labels == i).any()}
+    each = {name: hits[labels == i] for i, name in enumerate(classes) if (labels == i).any()}
     percent = lambda hits: round(100 * hits.float().mean().item(), 2)  # noqa: E731
     per_class = {name: percent(part) for name, part in each.items()}
-    return {"top1": percent(right), "top5": percent(five), "per_class": per_class}
+    return {"top1": percent(hits), "top5": percent(five), "per_class": per_class}, len(scores)
 
 
-def precisions(classes, scores, truth):
-    """Mean average precision in percent of scores (m, classes), over the classes that occur in the
-    truth (m, classes)."""
-    columns = zip(scores.numpy().T, truth.numpy().T > 0, strict=True)
-    each = dict(zip(classes, [100 * average_precision(*column) for column in columns], strict=True))
-    per_class = {name: round(value, 2) for name, value in each.items() if not math.isnan(value)}
-    return {"map": round(float(np.nanmean([*each.values()])), 2), "per_class": per_class}
+def test_charades(args, model, val, classes):
+    """Mean average precision in percent, and of how many videos."""
+    notes = annotate(args, val, "test")
+    most = lambda x: model.encoder(x).sigmoid().amax(0)  # noqa: E731
+    scores, which = labelled(args, val, most, args.test_clips, args.test_crops)
+    marks = torch.stack([active(notes[i]) for i in which]).numpy() > 0  # (m, classes)
+    columns = zip(scores.numpy().T, marks.T, strict=True)
+    return mean_precision(classes, [average_precision(*column) for column in columns]), len(scores)
 
 
-def report(args, numbers, classes, n, read):
+def test_ava(args, model, val, classes):
+    """Mean frame precision in percent, and of how many key frames. One without boxes counts as
+    missed, one that could not be read does not count."""
+    annotate(args, val, "test")
+    sigmoid = lambda x, boxes: model(x[None], boxes[None, None])[1][0].sigmoid()  # noqa: E731
+    scores, which = labelled(args, val, sigmoid, around, crops=0)  # (m, M, 80), (m,)
+    scores = dict(zip(which.tolist(), scores[:, :, [*classes]].numpy(), strict=True))
+    text, frames = official(args, "ava_val_v2.2.csv"), []
+    people = key_frames(text, excluded(args))
+    for i, (name, (second, boxes, _)) in enumerate(listed(args, "test")):
+        there = people.pop((name.removesuffix(".mp4"), second), {})
+        if i in scores:
+            frames.append((boxes, scores[i][: len(boxes)], *marked(there, classes)))
+    nothing = np.zeros((0, 4)), np.zeros((0, len(classes)))
+    frames += [(*nothing, *marked(there, classes)) for there in people.values()]
+    return mean_precision(classes.values(), frame_precisions(frames)), len(scores)
+
+
+def marked(people, classes):
+    """Boxes (m, 4) of the people of a key frame, and which of the classes are theirs."""
+    boxes = np.array([box[:4] for box in people]).reshape(-1, 4)
+    marks = [np.isin([*classes], actions) for actions in people.values()]
+    return boxes, np.array(marks, bool).reshape(-1, len(classes))
+
+
+def mean_precision(classes, values):
+    """In percent, over the classes that occur; the value of another is NaN."""
+    each = {name: 100 * v for name, v in zip(classes, values, strict=True) if not math.isnan(v)}
+    per_class = {name: round(value, 2) for name, value in each.items()}
+    return {"map": round(sum(each.values()) / max(1, len(each)), 2), "per_class": per_class}
+
+
+def report(args, classes, n, numbers, read):
     """Print the numbers, and write them, with what it takes to repeat them, to result.json. n:
-    videos in the test set, of which so many could be read."""
+    videos (or key frames) in the test set, of which so many could be read."""
     per_class = numbers.pop("per_class")
-    protocol = f"{args.dataset}, {args.epochs} epochs of random clips, last epoch; "
-    protocol += f"{args.test_clips} clips x {args.test_crops} crops at {args.test_size}"
+    views, at = args.test_clips * args.test_crops, args.test_size
+    protocol = f"{args.test_clips} clips x {args.test_crops} crops at {at}"
+    if args.dataset == "ava":
+        views, boxes = 1, args.boxes or "annotated"
+        protocol = f"1 clip a key frame, whole pictures at {at}, boxes: {boxes}"
+    protocol = f"{args.dataset}, {args.epochs} epochs of random clips, last epoch; {protocol}"
     result = {**numbers, "n": read, "missing": n - read, "classes": len(classes)}
-    result |= {"protocol": protocol, "views": args.test_clips * args.test_crops}
+    result |= {"protocol": protocol, "views": views}
     result |= {name: getattr(args, name) for name in ("weights", "backbone", "split", "seed")}
     result |= {"command": " ".join(sys.argv), "versions": common.versions()}
     common.say(json.dumps(result))
@@ -309,43 +501,35 @@ def report(args, numbers, classes, n, read):
 
 def main(argv=None):
     args, videos = common.start(Recipe, with_settings(argv), rows)
-    sample, clips = sample_clips, args.test_clips
+    several, sample, classes = args.dataset in ("charades", "ava"), sample_clips, videos.classes
     if args.dataset == "ssv2":
-        sample = clips = partial(segments, args)
-    several, classes = args.dataset == "charades", videos.classes
-    if several:
-        notes, truth = ([label for _, label in listed(args, part)] for part in ("train", "test"))
-        val, classes = common.Videos(rows(args, "test")), [f"c{i:03d}" for i in range(157)]
-        videos.labels, val.labels = np.arange(len(videos)), np.arange(len(val))  # of the notes
-        chance = prior_entropy(torch.stack([active(actions) for actions in notes]))
-    else:
-        val = test_videos(rows(args, "test") or args.val, videos)
-        chance = math.log(len(classes))
-    model = Classifier(args, len(classes))
+        sample = partial(segments, args)
+    elif args.dataset == "charades":
+        classes = [f"c{i:03d}" for i in range(157)]
+    elif args.dataset == "ava":
+        sample, classes = around, ava_classes(args)
+    test = rows(args, "test") or args.val
+    val = common.Videos(test) if several else test_videos(test, videos)
+    notes = annotate(args, videos, "train") if several else []
+    model = Detector(args, 80) if args.dataset == "ava" else Classifier(args, len(classes))
     common.load(model.encoder.backbone, args)
     network = common.distribute(model, args)
     optimizer = common.make_optimizer(model, args)
+    chance = prior_entropy(args, notes) if several else math.log(len(classes))
     for step in common.train(args, videos, model, optimizer, sample, chance):
+        boxes = [step.boxes.to(step.clips)] if args.dataset == "ava" else []
         with step.autocast():
-            features, scores = network(step.clips)  # (B, 1, D), (B, classes), float32
+            features, scores = network(step.clips, *boxes)  # (B, 1, D), (B, ..., classes), float32
         if several:
-            loss = F.binary_cross_entropy_with_logits(scores, targets(args, notes, step).to(scores))
+            loss = multi_label_loss(scores, targets(args, notes, step).to(scores))
         else:
             loss = F.cross_entropy(scores, step.labels)
         loss.backward()
         step.update(loss, features=features)
     if args.finished:
-        network = model.eval().encoder
-        if several:
-            views = lambda x: network(x).sigmoid().amax(0)  # noqa: E731
-            scores, labels = labelled(args, val, views, clips, args.test_crops)
-            truth = torch.stack([active(truth[i]) for i in labels])
-            numbers = precisions(classes, scores, truth)
-        else:
-            views = lambda x: network(x).softmax(-1).mean(0)  # noqa: E731
-            scores, labels = labelled(args, val, views, clips, args.test_crops)
-            numbers = accuracies(classes, scores, labels)
-        report(args, numbers, classes, len(val), len(scores))
+        tests = {"charades": test_charades, "ava": test_ava}
+        tested = tests.get(args.dataset, test_classes)(args, model.eval(), val, classes)
+        report(args, classes, len(val), *tested)
 
 
 if __name__ == "__main__":

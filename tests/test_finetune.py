@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from sklearn.metrics import average_precision_score
 
 import common
@@ -101,6 +102,54 @@ def charades(tmp_path_factory):
             texts = f'A,Attic,6,7,Yes,"A, then B; ""C""",lamp,"one\ntwo",{";".join(actions)},2.0'
             lines.append(f"V{i:04d},{texts}")
         (root / f"Charades_v1_{part}.csv").write_text("\n".join(lines) + "\n")
+    return root
+
+
+CLASSES = """label {
+  name: "stand"
+  label_id: 12
+  label_type: PERSON_MOVEMENT
+}
+item {
+  name: "watch (a person)"
+  id: 80
+}
+label {
+  name: "bend/bow (at the waist)"
+  label_id: 1
+  label_type: PERSON_MOVEMENT
+}
+"""
+
+
+def halves(path, left, n=150, fps=30):
+    """A video whose left half is light and right half dark, or the other way round."""
+
+    def picture(counter, width, height):
+        noise = np.random.default_rng(counter).integers(0, 60, (height, width, 3))
+        return (noise + 130 * ((np.arange(width) < width / 2) == left)[:, None]).astype(np.uint8)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_video(path, n=n, fps=fps, size=(40, 32), draw=picture, codec="mpeg4")
+
+
+@pytest.fixture(scope="module")
+def ava(tmp_path_factory):
+    """The layout of AVA v2.2, in cuts of 5 s: who is in the light stands (12) and, unlisted in the
+    60 classes, sings (64); who is in the dark watches (80). A third person is in no one's way."""
+    root = tmp_path_factory.mktemp("ava")
+    for part, names in (("train", "abcd"), ("val", "ef")):
+        lines = []
+        for name in names:
+            halves(root / "clips" / f"-{name}_5BBWC4.mkv", left=name in "ace")
+            for second in range(902, 905):
+                for person, x in enumerate(("0.05,0.1,0.45,0.9", "0.55,0.1,0.95,0.9")):
+                    actions = (12, 64) if (person == 0) == (name in "ace") else (80,)
+                    lines += [f"-{name}_5BBWC4,{second:04d},{x},{a},{person}" for a in actions]
+            lines.append(f"-{name}_5BBWC4,0905")
+        (root / f"ava_{part}_v2.2.csv").write_text("\n".join(lines) + "\n")
+    (root / "ava_action_list_v2.2_for_activitynet_2019.pbtxt").write_text(CLASSES)
+    (root / "ava_val_excluded_timestamps_v2.2.csv").write_text("-e_5BBWC4,0903\n-z,0902\n")
     return root
 
 
@@ -297,7 +346,7 @@ def test_charades_lists(charades):
 
 def test_targets_are_the_actions_during_the_clip():
     """Clips of 8 frames 4 apart last 28/30 s: an action counts if they meet, ends included."""
-    args = Namespace(frames=8, stride=4)
+    args = Namespace(dataset="charades", frames=8, stride=4)
     notes = [[], [(5, 1.0, 2.0), (6, 3.0, 4.0), (5, 9.0, 9.5)], [(0, 0.0, 0.5), (156, 0.0, 30.0)]]
     cases = [(1, 1.2, {5}), (1, 0.0, set()), (1, 2.0, {5}), (1, 2.1, {6}), (1, 9.4, {5})]
     cases += [(1, 0.07, {5}), (2, 0.5, {0, 156}), (2, 20.0, {156}), (0, 1.0, set())]
@@ -330,9 +379,7 @@ def test_average_precision(levels):
 
 def test_map_is_over_the_classes_that_occur():
     """A class without positives is no 0 in the mean."""
-    scores = torch.tensor([[0.9, 0.1, 0.4], [0.2, 0.8, 0.6]])
-    truth = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
-    numbers = finetune.precisions(["a", "b", "c"], scores, truth)
+    numbers = finetune.mean_precision(["a", "b", "c"], [1.0, float("nan"), 0.5])
     assert numbers == {"map": 75.0, "per_class": {"a": 100.0, "c": 50.0}}
 
 
@@ -411,3 +458,196 @@ def test_lists_that_are_damaged(dataset, request, argv, tmp_path, capfd):
     line = refused(flags, capfd)
     assert "1 of 6 test videos" in line and "777" in line
     assert not (tmp_path / "out/last.pth").exists()
+
+
+def test_ava_lists(ava):
+    """A key frame has its boxes, a box all of its actions, from 0; excluded and empty ones are not
+    there; the classes that count are those of the list."""
+    args = Namespace(dataset="ava", data=str(ava), boxes="", allow_missing=False)
+    train, test = finetune.listed(args, "train"), finetune.listed(args, "test")
+    assert len(train) == 12 and all(Path(path).exists() for path, _ in finetune.rows(args))
+    left, right = [0.05, 0.1, 0.45, 0.9], [0.55, 0.1, 0.95, 0.9]
+    second, boxes, actions = train[0][1]
+    assert train[0][0] == "-a_5BBWC4.mp4" and second == 902
+    assert [[*box] for box in boxes] == [left, right] and actions == [[11, 63], [79]]
+    assert train[3][1][2] == [[79], [11, 63]]
+    keys = [(name[1], note[0]) for name, note in test]
+    assert keys == [("e", 902), ("e", 904), ("f", 902), ("f", 903), ("f", 904)]
+    names = {11: "stand", 79: "watch (a person)", 0: "bend/bow (at the waist)"}
+    assert finetune.ava_classes(args) == names
+
+
+def test_ava_detections(ava, tmp_path):
+    """Boxes with a score of 0.9 or more, whatever their action column says; no others."""
+    lines = ["-e_5BBWC4,0902,0.1,0.1,0.4,0.9,,0.950000", "-e_5BBWC4,902,0.2,0.1,0.4,0.9,,0.89"]
+    lines += ["-e_5BBWC4,0903,0.1,0.1,0.4,0.9,,0.99", "-e_5BBWC4,0902,0.6,0.1,0.9,0.9,-1,0.9"]
+    (tmp_path / "boxes.csv").write_text("\n".join(lines) + "\n")
+    args = Namespace(dataset="ava", data=str(ava), boxes=str(tmp_path / "boxes.csv"))
+    assert finetune.listed(args, "test") == [
+        ("-e_5BBWC4.mp4", (902, [(0.1, 0.1, 0.4, 0.9), (0.6, 0.1, 0.9, 0.9)], [[], []]))
+    ]
+
+
+def test_key_frame_is_in_the_middle_of_its_clip(tmp_path):
+    """Second 902 of a cut is its frame 60 at 30 a second, frames c - 32, c - 24, ... c + 24 are
+    taken; the same second of a whole film is at 902 s."""
+    cut = make_video(tmp_path / "cut.mp4", n=150, fps=30)
+    film = make_video(tmp_path / "film.mp4", n=1300, fps=1, size=(48, 32), codec="mpeg4")
+    (clip,) = common.read_clips(cut, partial(finetune.around, span=64 / 30, moment=902.0), 8, 8)
+    assert read_counters(clip) == [*range(28, 92, 8)]
+    (clip,) = common.read_clips(film, partial(finetune.around, span=64 / 30, moment=902.0), 8, 8)
+    assert read_counters(clip) == [900, 901, 901, 901, 902, 902, 902, 902]
+
+
+def test_boxes_follow_crop_and_flip(tmp_path):
+    """In 12 random views, some of them flipped, the box is where the light rectangle is, cut at the
+    edges; a whole picture has it at its shares."""
+
+    def rectangle(counter, width, height):
+        picture = np.zeros((height, width, 3), np.uint8)
+        picture[height // 4 : height // 2, width // 10 : width // 2] = 255
+        return picture
+
+    path = make_video(tmp_path / "a.mp4", n=10, size=(160, 96), draw=rectangle)
+    videos = common.Videos([(path, "")])
+    videos.moments = np.array([900.0])
+    videos.boxes = np.array([[[0.1, 0.25, 0.5, 0.5], [0, 0, 0, 0]]], np.float32)
+    args = Namespace(frames=2, stride=1, size=64, short_side=(72, 90), views=1, seed=0)
+    args.augment = "crop,flip"
+    crop, rest = common._operators(args)
+    lefts = []
+    for epoch in range(12):
+        views, seeds, _, boxes, _ = common._views(
+            args, videos, finetune.around, crop, (epoch, 0), []
+        )
+        (clip,) = common._augment(views[None], seeds[None], rest)  # (1, 3, T, H, W)
+        light = (clip[0, 0, 0] > 0).nonzero()
+        (y1, x1), (y2, x2) = light.amin(0).tolist(), (light.amax(0) + 1).tolist()
+        found = boxes[0, 0].tolist()
+        assert np.abs(np.subtract(found, [x1, y1, x2, y2])).max() <= 1.5, (epoch, found)
+        lefts.append(x1)
+    assert min(lefts) == 0 and max(lefts) > 20  # cut at the left edge, and in the right half
+    assert common._boxes(videos, 0, 96, 160).tolist()[0] == [16, 24, 80, 48]
+
+
+def test_detector_on_slow_r50():
+    """res5 has stride 1 and dilation 2, so that a map cell is 16 pixels, also of pictures whose
+    width is no multiple; names and shapes of the weights stay; a box gets the maximum of its 7 x 7
+    samples."""
+    args = Namespace(backbone="slow_r50", dropout=0.5, low_memory=False)
+    model = finetune.Detector(args, 80).eval()
+    backbone, plain = model.encoder.backbone, common.backbone("slow_r50").state_dict()
+    assert {k: v.shape for k, v in backbone.state_dict().items()} == {
+        k: v.shape for k, v in plain.items()
+    }
+    for i, block in enumerate(backbone.s5):
+        assert (block.branch2.b.dilation, block.branch2.b.stride) == ((1, 2, 2), (1, 1, 1))
+        assert (block.branch1.stride == (1, 1, 1)) if i == 0 else block.branch1 is None
+    assert backbone.s4[0].branch2.b.stride == (1, 2, 2)
+    clips = torch.randn(1, 1, 3, 2, 64, 72)
+    boxes = torch.tensor([[[[8.0, 8, 56, 40], [0, 0, 72, 64]]]])
+    with torch.no_grad():
+        maps = backbone.features(clips[:, 0])
+        features, scores = model(clips, boxes)
+        assert maps.shape == (1, 2048, 2, 4, 5) and features.shape == (1, 1, 2048)
+        inner = (torch.arange(7) + 0.5) / 7  # of 3 x 2 cells from (0.5, 0.5), centres at 0.5
+        x, y = 2 * (3 * inner) / (5 - 1) - 1, 2 * (2 * inner) / (4 - 1) - 1
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None]
+        samples = F.grid_sample(maps.mean(2), grid, align_corners=True)  # (1, 2048, 7, 7)
+        expected = model.encoder.linear(samples.amax((2, 3)))
+    assert scores.shape == (1, 2, 80)
+    torch.testing.assert_close(scores[:, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+BOX, FAR = [0.0, 0.0, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9]
+HALF, LESS = [0.0, 0.0, 0.4, 0.2], [0.0, 0.0, 0.4, 0.19]  # of BOX, at IoU 0.5 and 0.475
+
+
+@pytest.mark.parametrize(
+    "detections, people, expected",
+    [
+        ([(BOX, 0.9)], [BOX], 1),
+        ([(BOX, 0.9), (BOX, 0.8)], [BOX], 1),  # the duplicate comes after full recall
+        ([(BOX, 0.9), (BOX, 0.8), (FAR, 0.7)], [BOX, FAR], (1 + 2 / 3) / 2),  # and here before
+        ([(HALF, 0.9), (BOX, 0.8)], [BOX], 1),  # the first one takes the person
+        ([(LESS, 0.9), (BOX, 0.8)], [BOX], 1 / 2),
+        ([(HALF, 0.9)], [BOX], 1),
+        ([(LESS, 0.9)], [BOX], 0),
+        ([(BOX, 0.9)], [BOX, FAR], 1 / 2),  # a miss
+        ([], [BOX], 0),
+        ([(FAR, 0.9), (BOX, 0.8)], [BOX], 1 / 2),
+        ([(LESS, 0.9), (BOX, 0.8), (FAR, 0.7)], [BOX, FAR], 2 / 3),  # precision 0, 1/2, 2/3
+        ([(LESS, 0.9), (BOX, 0.9)], [BOX], 1 / 2),  # equal scores, in both orders
+        ([(BOX, 0.9), (LESS, 0.9)], [BOX], 1 / 2),
+        ([(BOX, 0.9), (HALF, 0.8)], [BOX, HALF], 1),
+        ([(BOX, 0.9), (BOX, 0.8)], [BOX, HALF], 1 / 2),  # BOX overlaps HALF, but is taken
+        ([(BOX, 0.9)], [], float("nan")),
+    ],
+)
+def test_frame_precision_by_hand(detections, people, expected):
+    """Average precision at IoU 0.5 of one class; another class of the same boxes has nobody."""
+    boxes = np.array([box for box, _ in detections]).reshape(-1, 4)
+    scores = np.array([[score, score] for _, score in detections]).reshape(-1, 2)
+    marks = np.array([[True, False] for _ in people], bool).reshape(-1, 2)
+    frame = boxes, scores, np.array(people).reshape(-1, 4), marks
+    first, other = finetune.frame_precisions([frame])
+    assert first == pytest.approx(expected, nan_ok=True) and np.isnan(other)
+
+
+def test_frame_precision_is_over_all_frames():
+    """Frames are ranked together; a box in a frame without people is wrong, people in a frame
+    without boxes are missed."""
+    yes, nobody = np.ones((1, 1), bool), (np.zeros((0, 4)), np.zeros((0, 1), bool))
+    frames = [(np.array([BOX]), np.array([[0.9]]), np.array([BOX]), yes)]
+    frames += [(np.array([BOX]), np.array([[0.8]]), *nobody)]
+    frames += [(np.array([FAR]), np.array([[0.7]]), np.array([FAR]), yes)]
+    frames += [(np.zeros((0, 4)), np.zeros((0, 1)), np.array([FAR]), yes)]
+    assert finetune.frame_precisions(frames) == pytest.approx([(1 + 2 / 3) / 3])
+
+
+AVA = "--size 32 --epochs 20 --dropout 0 --batch-size 6 --lr 0.06".split()
+
+
+def test_ava_end_to_end(ava, argv):
+    """Two people in each picture, told apart by their boxes; classes without people are no 0."""
+    finetune.main([*argv, "--dataset", "ava", "--data", str(ava), *AVA])
+    result = result_of(argv)
+    assert result["map"] > 90 and set(result["per_class"]) == {"stand", "watch (a person)"}
+    assert (result["n"], result["missing"], result["classes"]) == (5, 0, 3)
+    assert "annotated" in result["protocol"] and result["views"] == 1
+
+
+def test_ava_with_detected_boxes_on_two_ranks(ava, argv, tmp_path):
+    """One of five key frames lacks boxes, so recall is at most 80 %; on 2 processes and on 1."""
+    lines = (ava / "ava_val_v2.2.csv").read_text().splitlines()
+    lines = [line.rsplit(",", 2)[0] + ",,0.97" for line in lines if "0905" not in line]
+    boxes = tmp_path / "boxes.csv"
+    boxes.write_text("\n".join(line for line in lines if "-f_5BBWC4,0903" not in line))
+    flags = [*argv, "--dataset", "ava", "--data", str(ava), *AVA, "--boxes", str(boxes)]
+    run_ranks(2, trained, flags)
+    two = result_of(argv)
+    (tmp_path / "out/result.json").unlink()
+    run_ranks(1, trained, flags)
+    assert two == result_of(argv) and (two["n"], two["missing"]) == (4, 0)
+    assert 70 < two["map"] <= 80 and str(boxes) in two["protocol"]
+
+
+def test_ava_without_a_test_video(ava, argv, tmp_path, capfd):
+    """Its 3 key frames are named before the work; with --allow-missing they do not count."""
+    for path in ava.iterdir():
+        if path.name != "clips":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "clips").mkdir()
+    for path in (ava / "clips").iterdir():
+        if "-f" not in path.name:
+            (tmp_path / "clips" / path.name).symlink_to(path)
+    flags = [*argv, "--dataset", "ava", "--data", str(tmp_path), *AVA, "--epochs", "10"]
+    assert "3 of 5 test videos" in refused(flags, capfd)
+    finetune.main([*flags, "--allow-missing"])
+    result = result_of(argv)
+    assert (result["n"], result["missing"]) == (2, 3) and result["map"] > 80  # at most 40 with them
+    bad = tmp_path / "boxes.csv"
+    for text, reason in (("-e_5BBWC4,0902,0.1,0.2,0.3,12,0\n", "unpack"), ("", "is empty")):
+        bad.write_text(text)
+        assert reason in refused([*flags, "--boxes", str(bad)], capfd)
+    assert "none.csv" in refused([*flags, "--boxes", "none.csv"], capfd)
