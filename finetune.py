@@ -70,7 +70,7 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
 SETTINGS = {  # the study's where they are not the above, UCF101's; any flag given wins
     "ssv2": """--epochs 22 --lr 0.12 --lr-steps 14 18 --warmup-epochs 0.19 --weight-decay 1e-6
         --dropout 0.5 --augment crop --test-clips 1 --test-crops 1""",
-    # SlowFast's configs/Charades/SLOWFAST_16x8_R50 (0.0375 per 16 videos): the study's is not known
+    # SlowFast's configs/Charades/SLOWFAST_16x8_R50 (0.0375 per 16 videos), its warm-up unverified
     "charades": """--epochs 57 --lr 0.15 --lr-steps 41 49 --warmup-epochs 4 --weight-decay 1e-4
         --dropout 0.5 --augment crop,flip""",
     "ava": """--epochs 32 --lr 0.3 --lr-steps 16 24 28 --warmup-epochs 5.3 --weight-decay 1e-7

@@ -651,3 +651,38 @@ def test_ava_without_a_test_video(ava, argv, tmp_path, capfd):
         bad.write_text(text)
         assert reason in refused([*flags, "--boxes", str(bad)], capfd)
     assert "none.csv" in refused([*flags, "--boxes", "none.csv"], capfd)
+
+
+def test_ava_loss_is_over_real_boxes():
+    """Targets are NaN where a key frame has fewer boxes than others, and the loss leaves them out:
+    a loop over the three boxes and 80 classes gives the same."""
+    notes = [[[0, 79], []], [[5]]]
+    step = Namespace(labels=torch.tensor([1, 0]), boxes=torch.zeros(2, 1, 4, 4))
+    step.starts = torch.zeros(2, 1)
+    target = finetune.targets(Namespace(dataset="ava"), notes, step)
+    scores, terms = torch.randn(2, 4, 80), []
+    for place, actions in {(0, 0): [5], (1, 0): [0, 79], (1, 1): []}.items():
+        for c in range(80):
+            p = 1 / (1 + np.exp(-scores[place][c].item()))
+            terms.append(-np.log(p if c in actions else 1 - p))
+    assert target.shape == (2, 4, 80) and target.isnan().sum() == 5 * 80
+    loss = finetune.multi_label_loss(scores, target)
+    assert loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+def test_how_views_are_joined(monkeypatch):
+    """Charades takes each class's largest sigmoid over the views, the others mean softmaxes."""
+    views, joined = torch.tensor([[0.0, 2.0, -1.0], [3.0, -2.0, 0.0]]), []
+
+    def labelled(args, videos, network, *rest):
+        joined.append(network(views))
+        return torch.rand(2, 157), torch.tensor([0, 1])
+
+    monkeypatch.setattr(finetune, "labelled", labelled)
+    monkeypatch.setattr(finetune, "annotate", lambda *_: [[(0, 0.0, 1.0)], []])
+    args = Namespace(dataset="charades", test_clips=2, test_crops=1)
+    for test in (finetune.test_charades, finetune.test_classes):
+        test(args, Namespace(encoder=lambda x: x), [0, 1], range(157))
+    e = np.exp(views.numpy())
+    assert joined[0].numpy() == pytest.approx((e / (1 + e)).max(0))
+    assert joined[1].numpy() == pytest.approx((e / e.sum(1, keepdims=True)).mean(0))
