@@ -165,7 +165,7 @@ def write_features(args, videos, backbone):
     """NPZ of features (n, D), averaged over the views, labels (n,), paths (n,), in list order."""
     if common.rank() == 0:
         try:
-            file = open(args.extract, "wb")
+            file = open(f"{args.extract}.tmp", "wb")
         except OSError as error:
             common.fail(f"--extract {args.extract}: {error.strerror}")
     features, problems = common.evaluate(args, videos, backbone, args.cached_clips)
@@ -176,6 +176,7 @@ def write_features(args, videos, backbone):
         paths, labels = np.array([videos[int(i)] for i in read]), videos.labels[read]
         np.savez(file, features=features[read].mean(1).numpy(), labels=labels, paths=paths)
         file.close()
+        Path(f"{args.extract}.tmp").replace(args.extract)
     common.say(f"wrote {args.extract}: features of {len(read)} of {len(videos)} videos")
 
 

@@ -204,6 +204,13 @@ def official(args, *names):
     common.fail(f"--data {args.data} has no {' or '.join(names)} ({args.dataset})")
 
 
+def within(text, least, most):
+    """An integer from least to most, or ValueError."""
+    if not least <= int(text) <= most:
+        raise ValueError(f"{text} is not one of {least} to {most}")
+    return int(text)
+
+
 def ucf101(args, part):
     """trainlist01.txt: lines `Class/name.avi 1`; testlist01.txt: lines `Class/name.avi`."""
     lines = official(args, f"{part}list{args.split:02d}.txt").splitlines()
@@ -242,7 +249,7 @@ def charades(args, part):
     found = []
     for line in csv.DictReader(official(args, f"Charades_v1_{part}.csv").splitlines(True)):
         actions = [action.split() for action in line["actions"].split(";") if action.strip()]
-        actions = [(int(name[1:]), float(start), float(end)) for name, start, end in actions]
+        actions = [(within(name[1:], 0, 156), float(a), float(b)) for name, a, b in actions]
         found.append((f"{line['id']}.mp4", actions))
     return found
 
@@ -282,7 +289,7 @@ def key_frames(text, left_out=(), least=0.0):
             continue
         boxes = frames.setdefault(key, {})
         actions = boxes.setdefault((x1, y1, x2, y2, "" if least else last), [])
-        actions += [int(action) - 1] if action not in ("", "-1") else []
+        actions += [within(action, 1, 80) - 1] if action not in ("", "-1") else []
     return frames
 
 

@@ -686,3 +686,21 @@ def test_how_views_are_joined(monkeypatch):
     e = np.exp(views.numpy())
     assert joined[0].numpy() == pytest.approx((e / (1 + e)).max(0))
     assert joined[1].numpy() == pytest.approx((e / e.sum(1, keepdims=True)).mean(0))
+
+
+@pytest.mark.parametrize("action", ["c157 1.0 2.0", "c-1 1.0 2.0", "stand 1 2", "c004"])
+def test_a_damaged_action_is_one_line(action, tmp_path, capfd):
+    """An action that does not exist, or is no number, is an error of use that names the data set."""
+    (tmp_path / "Charades_v1_train.csv").write_text(f"id,actions\nABC12,{action}\n")
+    args = Namespace(dataset="charades", data=str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        finetune.listed(args, "train")
+    errors = capfd.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(errors) == 1 and "charades is damaged" in errors[0]
+
+
+@pytest.mark.parametrize("action", ["0", "81"])
+def test_ava_has_80_actions(action):
+    """Numbers outside of 1 to 80 are refused."""
+    with pytest.raises(ValueError):
+        finetune.key_frames(f"film,900,0.1,0.1,0.5,0.5,{action},1\n")
