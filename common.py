@@ -406,6 +406,9 @@ def _decode(container, stream):
             decoded = packet.decode() if packet else []
         except av.error.InvalidDataError:
             continue
+        except IndexError:  # of a stream that begins here, which a new demuxer knows
+            packets = container.demux(stream)
+            continue
         if packet is None:
             return
         for frame in decoded:
