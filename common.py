@@ -366,7 +366,7 @@ def read_clips(path, starts, frames, stride, size=None):
     try:
         with _open(path) as container:
             stream = container.streams.best("video")
-            if stream is None:
+            if stream is None or stream.codec_context is None:  # or of an unknown codec
                 raise ValueError("no video stream")
             stream.thread_type, stream.codec_context.thread_count = "NONE", 1
             if callable(starts):

@@ -823,7 +823,7 @@ def test_damaged_bytes_give_frames_or_a_value_error(video, tmp_path, name):
     with open(video(name).path, "rb") as file:
         data = np.frombuffer(file.read(), np.uint8)
     path = tmp_path / name
-    for seed in range(20):
+    for seed in range(80):
         rng = np.random.default_rng(seed)
         damaged = data.copy()
         places = rng.integers(0, len(data), 20)
