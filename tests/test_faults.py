@@ -52,11 +52,11 @@ def killed(function, argv, seconds):
 def test_sigkill_at_random_moments(small, tmp_path):
     """Ten kills anywhere in training with workers; each time the same command; the end is that of
     an undisturbed run, bit for bit."""
-    argv = [*small, "--epochs", "24", "--log-every", "3", "--workers", "2", "--knn-every", "7"]
+    argv = [*small, "--epochs", "150", "--log-every", "3", "--workers", "2", "--knn-every", "40"]
     run_ranks(1, train, [*argv, "--out", str(tmp_path / "whole")])
     chance, alive = random.Random(1), 0
     for _ in range(10):
-        alive += killed(train, argv, chance.uniform(0.2, 2.5))
+        alive += killed(train, argv, chance.uniform(0.2, 1.5))
     run_ranks(1, train, argv)
     assert alive >= 3
     assert_same_run(tmp_path / "whole", tmp_path / "out")
