@@ -627,7 +627,6 @@ def _views(args, videos, sample_clips, crop, key, bad):
     for attempt in range(20):
         rng, starts = np.random.default_rng((args.seed, *key, attempt)), []
         number = key[1] if attempt == 0 else int(rng.integers(len(videos)))
-
         moment = _moment(videos, number)
 
         def choose(duration, rng=rng, starts=starts, moment=moment):
@@ -1011,11 +1010,16 @@ def make_optimizer(model, args):
     return torch.optim.SGD(groups, lr=0.0, **how)
 
 
+def _peak(args):
+    """The learning rate of this batch; it is given per 64 videos (of 2 views, if several)."""
+    return args.lr * args.batch_size / 64 * max(1, args.views / 2)
+
+
 def learning_rate(args, epoch):
     """At a fractional epoch: half a cosine over the run, or a tenth after each of args.lr_steps if
     they are not 0, and a linear warm-up to meet it (LRP:9)."""
-    peak = args.lr * args.batch_size / 64 * max(1, args.views / 2)
-    then, steps = max(epoch, args.warmup_epochs), getattr(args, "lr_steps", (0.0,))
+    peak, steps = _peak(args), getattr(args, "lr_steps", (0.0,))
+    then = max(epoch, args.warmup_epochs)
     high = peak * 0.5 * (1 + math.cos(math.pi * then / args.epochs))
     if any(steps):
         high = peak * 0.1 ** sum(then >= step for step in steps)
@@ -1154,10 +1158,10 @@ class _Run:
         self.before = [b.clone() for b in self.statistics]
 
     def announce(self):
-        args, share, pairs = self.args, self.args.batch_size // world_size(), self.args.views / 2
+        args, share = self.args, self.args.batch_size // world_size()
         say(f"batch: {args.batch_size} videos = {world_size()} x {share}, {args.views} views each")
-        peak = args.lr * args.batch_size / 64 * max(1, pairs)
-        say(f"lr: {args.lr:g} x {args.batch_size} / 64 x {max(1, pairs):g} = {peak:g} at its peak")
+        words = f"{args.lr:g} x {args.batch_size} / 64 x {max(1, args.views / 2):g}"
+        say(f"lr: {words} = {_peak(args):g} at its peak")
         say(f"chance level of the loss: {self.chance:.4f}")
 
     def fetch(self, batches):
