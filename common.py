@@ -65,15 +65,14 @@ def start(recipe, argv=None, rows=None):
     """Read the options, find or make the data, join the other processes, and say all that.
 
     recipe: a class of lines `name = paper value, demo value  # meaning`. Each is a flag, its
-    comment the help; a number must be positive unless the comment says what 0 is. rows: a function
-    of the arguments that lists (path, label) of the videos, or None for those of --data. Returns
-    the arguments (with `method`, `views`, `data_hash`) and the Videos.
+    comment the help, which also says what is refused: a number must be above 0 unless "0 = " or
+    "-1 = " is in it, at most 1 if ", 1 = " is, and text with ", needed" must be given. rows: a
+    function of the arguments that lists (path, label) of the videos, or None for those of --data.
+    Returns the arguments (with `method`, `views`, `data_hash`) and the Videos.
     """
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # nothing to save before the first step
     args, pretraining = _parse(recipe, argv), hasattr(recipe, "rho")
     args.method, args.views = Path(inspect.getfile(recipe)).stem, 1
-    if args.warmup_epochs is None:
-        args.warmup_epochs = 35 / 200 * args.epochs
     if pretraining:
         args.views, name = max(2, args.rho), Path(args.data).resolve().stem if args.data else "demo"
         args.out = args.out or f"out/{args.method}-{name}-rho{args.rho}"
@@ -87,13 +86,21 @@ def start(recipe, argv=None, rows=None):
     if not pretraining:
         args.val = args.val or os.path.join(root if parted else root.parent, "val")
     _take_part(args)
+    if args.show_views:  # which has room for four
+        args.batch_size = min(args.batch_size, len(videos), 4 * world_size())
+    _check(args, len(videos))
+    try:
+        if not args.show_views:
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {args.out}: {error.strerror}")
     if args.check_data:
         _check_data(args, videos)
-    _check(args, len(videos))
     where = torch.cuda.get_device_name() if device().type == "cuda" else "CPU"
     say(f"{versions()}; {world_size()} x {where}, {args.workers} workers each")
     say("options: " + ", ".join(f"{k} {v}" for k, v in vars(args).items() if v not in ("", None)))
-    say(f"data: {len(videos)} videos, {videos.root or args.data}")
+    what = "" if args.data else "; no --data: the demo's videos, network and settings"
+    say(f"data: {len(videos)} videos, {videos.root or args.data}{what}")
     return args, videos
 
 
@@ -132,25 +139,26 @@ def _as_trained(args):
         except ValueError as error:
             fail(error)
         args.weights_hash = hashlib.sha256(data).hexdigest()[:16]
-        content = content if isinstance(content, dict) else {}
-        saved = content.get("config") or content.get("args") or {}
-        saved = saved if isinstance(saved, dict) else {}
+        found = isinstance(content, dict) and (content.get("config") or content.get("args"))
+        saved = found if isinstance(found, dict) else {}
         settings |= {name: saved[name] for name in settings if name in saved}
     for name, value in settings.items():
         setattr(args, name, getattr(args, name) or value)
     sides = [round(args.size * side / 224) for side in (256, 320)]  # of a video, for a crop of 224
     args.short_side, args.test_size = tuple(sides), args.test_size or sides[0]
-    name = Path(args.weights).resolve().parent.name if args.weights_hash else args.weights
-    args.out = args.out or f"out/{args.method}-{name or 'scratch'}"
-    try:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out {args.out}: {error.strerror}")
+    path, name = Path(args.weights).resolve(), args.weights or "scratch"
+    if args.weights_hash:  # a run's folder is its name
+        name = path.parent.name if path.name in ("backbone.pth", "last.pth") else path.stem
+    parts = [args.method, *([Path(args.data).resolve().stem] if args.data else []), name]
+    if getattr(args, "dataset", "folder") != "folder":
+        parts[1] = args.dataset if args.split == 1 else f"{args.dataset}-split{args.split}"
+    args.out = args.out or f"out/{'-'.join(parts)}"
 
 
 def _parse(recipe, argv):
     doc, form = inspect.getmodule(recipe).__doc__, argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=doc, formatter_class=form, allow_abbrev=False)
+    usage = "%(prog)s [--flag value ...]"
+    parser = argparse.ArgumentParser(None, usage, doc, formatter_class=form, allow_abbrev=False)
     parser.error = fail
     flags = {}
     for lines in (recipe, _Flags):
@@ -171,20 +179,21 @@ def _parse(recipe, argv):
     args = parser.parse_args(argv)
     small = args.small or not args.data
     for name, (text, paper, demo) in flags.items():
-        if getattr(args, name) is None:
-            setattr(args, name, demo if small else paper)
-        if isinstance(getattr(args, name), list):
-            setattr(args, name, tuple(getattr(args, name)))
-        if getattr(args, name) == "" and ", needed" in text:
-            fail(f"--{name.replace('_', '-')} is missing: {text}")
-        value, most = getattr(args, name), 1 if ", 1 = " in text else math.inf
+        flag, value = "--" + name.replace("_", "-"), getattr(args, name)
+        if value is None:
+            value = demo if small else paper
+            if name == "warmup_epochs":
+                value *= args.epochs / flags["epochs"][1 + small]
+        if value == "" and ", needed" in text:
+            fail(f"{flag} is missing: {text}")
+        setattr(args, name, tuple(value) if isinstance(value, list) else value)
         least = -1 if "-1 = " in text else 0 if "0 = " in text else 1e-12
-        for number in value if isinstance(value, tuple) else [value]:
+        most = 1 if ", 1 = " in text else math.inf
+        for number in value if isinstance(value, tuple | list) else [value]:
             if type(number) not in (int, float) or least <= number <= most and number < math.inf:
                 continue
             limits = f"{least} or more" if least < 1e-12 else "above 0"
-            limits += ", at most 1" if most == 1 else ""
-            fail(f"--{name.replace('_', '-')} must be {limits}, not {number}")
+            fail(f"{flag} must be {limits}{', at most 1' * (most == 1)}, not {number}")
     return args
 
 
@@ -193,18 +202,19 @@ def _check(args, n):
     ranks, batch = world_size(), args.batch_size
     near = max(2, round(batch / ranks)) * ranks
     side, area = args.short_side, getattr(args, "crop_area", (1, 1))
-    stored = getattr(args, "cached", False) or getattr(args, "extract", "")  # no batches of videos
+    loose = any(getattr(args, name, "") for name in ("cached", "extract", "check_data"))
     for wrong, words in [
         (args.backbone not in _BACKBONES, f"backbone {args.backbone}: one of {[*_BACKBONES]}"),
-        (args.optimizer not in _OPTIMIZERS, f"optimizer {args.optimizer}: one of {_OPTIMIZERS}"),
+        (args.optimizer not in _OPTIMIZERS, f"optimizer {args.optimizer}: one of {[*_OPTIMIZERS]}"),
         (args.batch_norm not in ("sync", "plain"), f"batch-norm {args.batch_norm}: sync or plain"),
-        (args.warmup_epochs > args.epochs, f"warmup-epochs: at most --epochs {args.epochs}"),
+        (args.warmup_epochs >= args.epochs, f"warmup-epochs: less than --epochs {args.epochs}"),
+        (args.seed >= 2**63, f"seed {args.seed}: less than 2^63"),
         (len(side) != 2 or side[0] > side[1], f"short-side {side}: a least and a largest one"),
         (side[0] < args.size, f"short-side {side[0]} is less than --size {args.size}"),
         (len(area) != 2 or area[0] > area[1] or area[1] > 1, f"crop-area {area}: two shares"),
         (batch % ranks, f"batch-size {batch} does not divide by {ranks} processes; try {near}"),
         (batch < 2 * ranks, f"batch-size {batch}: each of {ranks} processes needs 2 videos for BN"),
-        (batch > n and not stored, f"batch-size {batch}: there are only {n} videos"),
+        (batch > n and not loose, f"batch-size {batch}: there are only {n} videos"),
         (args.workers > 64, f"workers {args.workers}: at most 64"),
     ]:
         if wrong:
@@ -248,20 +258,23 @@ def device():
 def gather(x):
     """(B, ...) of each rank -> (W * B, ...) on every rank, rank-major.
 
-    The gradient is exact: if each rank computes the same loss of all of it, then after DDP's mean
-    over ranks it is that of the loss on the joint batch.
+    The gradient is exact: if each rank computes the same loss from the result, DDP's mean over
+    ranks is the gradient of that loss on the joint batch. (This rank's part gets W times its
+    gradient, which the mean divides by W.)
     """
     if world_size() == 1:
         return x
     x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(world_size())]
     dist.all_gather(parts, x.detach())
-    parts[rank()] = x + (world_size() - 1) * (x - x.detach())  # = x, W times its gradient
+    if x.requires_grad:
+        parts[rank()] = x + (world_size() - 1) * (x - x.detach())  # equals x
     return torch.cat(parts)
 
 
 def distribute(model, args):
-    """Move a model to this process's device; returns what to call for the forward pass (DDP).
+    """Move a model with an `encoder.backbone` to this process's device, before its optimizer is
+    made; print its size; return what to call for the forward pass (DDP).
 
     BN is over all ranks if args.batch_norm is "sync", on CUDA (there is no SyncBN on a CPU).
     """
@@ -562,14 +575,15 @@ _MEAN, _STD = 0.45, 0.225  # of every channel (DEF:687)
 
 
 def _operators(args):
-    """What crops a decoded clip, and what follows; each draws once for all frames (TRF:1073)."""
+    """What crops a decoded clip, and what follows; each draws once for all frames (TRF:1073; tint
+    TRF:1102)."""
     names = set(args.augment.split(",")) - {"none"}
     table = {
         "flip": v2.RandomHorizontalFlip(0.5),
         "jitter": v2.RandomApply([v2.ColorJitter(0.6, 0.6, 0.6, 0.15)], p=0.8),
         "gray": v2.RandomGrayscale(0.2),
         "blur": v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=0.5),  # 13: 3 sigma each side
-        "tint": v2.Compose([v2.RandomGrayscale(0.2), v2.ColorJitter(0.4, 0.4, 0.4, 0.1)]),  # 1102
+        "tint": v2.Compose([v2.RandomGrayscale(0.2), v2.ColorJitter(0.4, 0.4, 0.4, 0.1)]),
         "rotate": v2.RandomChoice([v2.RandomRotation((d, d)) for d in (0, 90, 180, 270)]),
         "cutout": v2.RandomErasing(p=1.0),  # a black box of 2 to 33 % of the area
         "noise": _noise,
@@ -646,9 +660,8 @@ def _views(args, videos, sample_clips, crop, key, bad):
         clips = torch.from_numpy(clips.copy()).permute(0, 1, 4, 2, 3)  # (rho, T, 3, H, W)
         clips = clips.expand(args.views, *clips.shape[1:])  # rho = 1: one clip, cropped twice
         seeds = torch.from_numpy(rng.integers(2**62, size=(2, args.views)))
-        with torch.random.fork_rng(devices=[]):
-            views = [_draw([crop], *pair) for pair in zip(clips, seeds[0], strict=True)]
-            boxes = _view_boxes(args, videos, number, clips.shape[-2:], seeds)
+        views = [_draw([crop], *pair) for pair in zip(clips, seeds[0], strict=True)]
+        boxes = _view_boxes(args, videos, number, clips.shape[-2:], seeds)
         starts = torch.tensor(starts)  # (rho,), or (rho, T) times of all frames
         starts = starts.expand(args.views, *starts.shape[1:])
         return torch.stack(views), seeds[1], starts, boxes, number
@@ -675,18 +688,18 @@ def _view_boxes(args, videos, i, shape, seeds):
 
 
 def _draw(operators, clip, seed):
-    torch.default_generator.manual_seed(int(seed))  # the one that transforms.v2 draws from
-    for operator in operators:
-        clip = operator(clip)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(int(seed))  # the one that transforms.v2 draws from
+        for operator in operators:
+            clip = operator(clip)
     return clip
 
 
 def _augment(views, seeds, operators):
     """(B, V, T, 3, H, W) uint8 -> (B, V, 3, T, H, W) float32, normalised, on the same device."""
     views = v2.functional.to_dtype(views, torch.float32, scale=True)
-    with torch.random.fork_rng(devices=[]):
-        for b, v in np.ndindex(*seeds.shape):
-            views[b, v] = _draw(operators, views[b, v], seeds[b, v])
+    for b, v in np.ndindex(*seeds.shape):
+        views[b, v] = _draw(operators, views[b, v], seeds[b, v])
     return ((views - _MEAN) / _STD).transpose(2, 3)
 
 
@@ -699,7 +712,8 @@ def _show_views(args, clips, starts):
     pairs = zip(pictures.cpu(), times.flatten(), strict=True)
     marked = [mark(picture, corner, [f"{seconds:.2f} s"]) for picture, seconds in pairs]
     try:
-        torchvision.utils.save_image(marked, args.show_views, nrow=args.frames, format="png")
+        if rank() == 0:
+            torchvision.utils.save_image(marked, args.show_views, nrow=args.frames, format="png")
     except OSError as error:
         fail(f"--show-views {args.show_views}: {error.strerror}")
     say(f"wrote {args.show_views}: {len(clips[:4])} videos, {args.views} views each")
@@ -714,11 +728,7 @@ def _check_data(args, videos):
         say(f"bad: {problem}")
     good = torch.nonzero(rows.isfinite())[:, 0].tolist()
     lines = [f"{os.path.abspath(videos[i])}\t{labels[videos.labels[i] + 1]}" for i in good]
-    try:
-        clean.parent.mkdir(parents=True, exist_ok=True)
-        clean.write_text("".join(line.rstrip("\t") + "\n" for line in lines))
-    except OSError as error:
-        fail(f"{clean}: {error.strerror}")
+    clean.write_text("".join(line.rstrip("\t") + "\n" for line in lines))
     say(f"{len(good)} of {len(videos)} videos can be read, a list: {clean}")
     sys.exit(0)
 
@@ -965,8 +975,6 @@ def load_weights(network, path):
 
 # --- optimizer
 
-_OPTIMIZERS = ["lars", "sgd", "adamw"]
-
 
 class LARS(torch.optim.Optimizer):
     """SGD with Nesterov momentum, each weight's step scaled to the weight's norm (OPT:262).
@@ -991,33 +999,34 @@ class LARS(torch.optim.Optimizer):
                     w_norm, g_norm = w.norm(), g.norm()
                     scale = group["trust_coefficient"] * w_norm / (g_norm + decay * w_norm + 1e-8)
                     g = torch.where((w_norm > 0) & (g_norm > 0), (g + decay * w) * scale, g)
-                buffer = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
-                buffer.mul_(momentum).add_(g)
+                if w not in self.state:
+                    self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+                buffer = self.state[w]["momentum_buffer"].mul_(momentum).add_(g)
                 w.add_(g + momentum * buffer, alpha=-group["lr"])
 
 
+_OPTIMIZERS = {"lars": partial(LARS, momentum=0.9), "adamw": torch.optim.AdamW}
+_OPTIMIZERS["sgd"] = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
+
+
 def make_optimizer(model, args):
-    """lars, sgd (Nesterov, momentum 0.9) or adamw; no weight decay for BN (OPT:41)."""
+    """The optimizer of args.optimizer, its learning rate 0 until train() sets it before each step;
+    no weight decay for BN (OPT:41)."""
     plain = {p for norm in _norms(model) for p in norm.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p not in plain]}]
     groups += [{"params": [p for p in trained if p in plain], "weight_decay": 0.0}]
-    if args.optimizer == "lars":
-        return LARS(groups, lr=0.0, momentum=0.9, weight_decay=args.weight_decay)
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, weight_decay=args.weight_decay)
-    how = dict(momentum=0.9, nesterov=True, weight_decay=args.weight_decay)
-    return torch.optim.SGD(groups, lr=0.0, **how)
+    return _OPTIMIZERS[args.optimizer](groups, lr=0.0, weight_decay=args.weight_decay)
 
 
 def _peak(args):
-    """The learning rate of this batch; it is given per 64 videos (of 2 views, if several)."""
+    """--lr, which is for 64 videos of 2 views (in an evaluation, of 1), for the views of a step."""
     return args.lr * args.batch_size / 64 * max(1, args.views / 2)
 
 
 def learning_rate(args, epoch):
     """At a fractional epoch: half a cosine over the run, or a tenth after each of args.lr_steps if
-    they are not 0, and a linear warm-up to meet it (LRP:9)."""
+    they are not 0; before that a straight line from 0.001 of what it meets (LRP:9)."""
     peak, steps = _peak(args), getattr(args, "lr_steps", (0.0,))
     then = max(epoch, args.warmup_epochs)
     high = peak * 0.5 * (1 + math.cos(math.pi * then / args.epochs))
@@ -1032,7 +1041,8 @@ def learning_rate(args, epoch):
 
 
 def evaluate(args, videos, network, clips, crops=1, which=None):
-    """What a network makes of each video's test views (clips * crops, 3, T, H, W), as it is.
+    """Call a network, in the mode that it is in, on each video's test views, (clips * crops, 3, T,
+    H, W), for any one tensor.
 
     Clips start at 0, 1/clips, ... of the last possible start (KIN:217), or where the function
     clips(duration, span) says; crops lie evenly along the long side; crops = 0: the whole picture,
@@ -1043,7 +1053,8 @@ def evaluate(args, videos, network, clips, crops=1, which=None):
     """
     which = range(len(videos)) if which is None else which
     views = partial(_test_views, args, videos, clips, crops)
-    loader = DataLoader(which[rank() :: world_size()], None, collate_fn=views, **_workers(args))
+    mine = which[rank() :: world_size()]  # numbers; a worker decodes the video of each
+    loader = DataLoader(mine, batch_size=None, collate_fn=views, **_workers(args))
     rows, problems = {}, []
     for i, x, problem in loader:
         if problem:
@@ -1088,7 +1099,7 @@ def _test_views(args, videos, clips, crops, i):
 
 def knn(bank, bank_labels, queries, labels, k=20, temperature=0.07):
     """Percent of queries (m, D) whose label wins a vote of the k nearest of a bank (n, D): cosine
-    similarity s, weight exp(s / temperature)."""
+    similarity s, weight exp(s / temperature). Labels (n,), (m,) are integers from 0."""
     bank, right = F.normalize(bank, dim=-1), 0
     for part, label in zip(F.normalize(queries, dim=-1).split(256), labels.split(256), strict=True):
         near, index = (part @ bank.T).topk(min(k, len(bank)), dim=-1)  # (256, k)
@@ -1104,18 +1115,15 @@ def _held_out(videos):
     Queries are of the sibling folder `val` of a folder `train`, else every fifth labelled video.
     """
     root, labelled = Path(videos.root), np.flatnonzero(videos.labels >= 0)
-    other, fifth = videos, np.arange(len(labelled)) % 5 == 0
-    bank, queries = labelled[~fifth], labelled[fifth]
-    if root.name == "train" and root.with_name("val").is_dir():
-        other = Videos(root.with_name("val"), videos.classes)
-        bank, queries = labelled, np.flatnonzero(other.labels >= 0)
-    if not len(bank) or not len(queries):
+    fifth = np.arange(len(labelled)) % 5 == 0
+    parts = [(videos, labelled[~fifth], 4000), (videos, labelled[fifth], 1000)]
+    if root.name == "train" and (beside := root.with_name("val")).is_dir():
+        val = Videos(beside, videos.classes, f"--knn-every: {beside}")
+        parts = [(videos, labelled, 4000), (val, np.flatnonzero(val.labels >= 0), 1000)]
+    if not all(len(numbers) for _, numbers, _ in parts):
         say("WARN no labels (class folders, or lines of path<TAB>label): no kNN accuracy")
         return []
-    parts = [(videos, bank, 4000), (other, queries, 1000)]
-    return [
-        (v, n[np.linspace(0, len(n) - 1, min(len(n), most)).astype(int)]) for v, n, most in parts
-    ]
+    return [(v, numbers[:: math.ceil(len(numbers) / most)]) for v, numbers, most in parts]
 
 
 def autocast():
@@ -1151,8 +1159,9 @@ class _Run:
         self.number, self.file = 0, None  # of steps done; the log
         self.skipped = self.in_a_row = 0  # steps that were not finite
         self.bad, self.losses = [], []  # reasons of bad videos; since the last line of the log
-        self.lines, self.warned = [], set()  # (loss, feature std, wait) of each line; warnings said
+        self.lines, self.warned = [], set()  # (loss / chance, std, wait) of each; warnings said
         self.waited, self.since, self.saved = 0.0, time.monotonic(), time.monotonic()
+        self.logged = 0  # number of the last line
         self.asked = self.stop = False  # by a signal to this rank; agreed by all
         self.statistics = [b for norm in _norms(model) for b in norm.buffers()]
         self.before = [b.clone() for b in self.statistics]
@@ -1161,7 +1170,8 @@ class _Run:
         args, share = self.args, self.args.batch_size // world_size()
         say(f"batch: {args.batch_size} videos = {world_size()} x {share}, {args.views} views each")
         words = f"{args.lr:g} x {args.batch_size} / 64 x {max(1, args.views / 2):g}"
-        say(f"lr: {words} = {_peak(args):g} at its peak")
+        reached = learning_rate(args, args.warmup_epochs)
+        say(f"lr: {words} = {_peak(args):g}; after warm-up {reached:g}")
         say(f"chance level of the loss: {self.chance:.4f}")
 
     def fetch(self, batches):
@@ -1171,7 +1181,7 @@ class _Run:
             batch = next(batches)
         except RuntimeError as error:  # torch's word for a worker that died or hung
             last = ", ".join(self.videos[i] for i in self.videos.reading.tolist() if i >= 0)
-            fail(f"{str(error).splitlines()[0]}; the workers were at {last}", code=1)
+            fail(f"{str(error).strip().splitlines()[-1]}; the workers were at {last}", code=1)
         self.waited += time.monotonic() - begun
         return batch
 
@@ -1189,14 +1199,16 @@ class _Run:
         self.lr = learning_rate(self.args, self.epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        torch._foreach_copy_(self.before, self.statistics)
-        torch.manual_seed((self.args.seed << 40) + (self.number << 12) + rank())  # of dropout
+        if self.before:  # a network may have no BN
+            torch._foreach_copy_(self.before, self.statistics)
+        rng = np.random.default_rng((self.args.seed, self.number, rank()))
+        torch.manual_seed(int(rng.integers(2**62)))  # of dropout
 
-    def note(self, bad):
+    def note(self, bad, what="another takes its place"):
         """Name each bad video once."""
         for reason in dict.fromkeys(bad):
             if reason not in self.bad:
-                print(f"WARN bad video, left out: {reason}", file=sys.stderr, flush=True)
+                print(f"WARN bad video, {what}: {reason}", file=sys.stderr, flush=True)
                 self.bad.append(reason)
 
     def update(self, loss, features, **more):
@@ -1215,12 +1227,13 @@ class _Run:
         self.stop = stop > 0  # on all ranks after the same step
         self.features, self.more = features.detach(), more
         if unfit:
-            torch._foreach_copy_(self.statistics, self.before)
+            for now, before in zip(self.statistics, self.before, strict=True):
+                now.copy_(before)
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             names = ", ".join(self.videos[int(i)] for i in self.numbers[:3])
             say(f"WARN step {self.number + 1} is not finite, all is put back; it had {names} ...")
             if self.in_a_row == 10:
-                fail(f"10 such steps in a row; {self.args.out}/last.pth is from before", code=1)
+                fail("10 such steps in a row; a smaller --lr may help", code=1)
         else:
             self.losses, self.in_a_row = [*self.losses, loss], 0
             self.optimizer.step()
@@ -1230,9 +1243,13 @@ class _Run:
     def end(self):
         self.number += 1
         epochs, part = divmod(self.number, self.steps_per_epoch)
-        for buffer in [] if part or world_size() == 1 else self.statistics:
-            dist.broadcast(buffer, 0)  # what is saved and evaluated is rank 0's
-        every = self.held_out and self.args.knn_every
+        if world_size() > 1 and not part:  # what is saved and evaluated is rank 0's
+            for buffer in self.statistics:
+                dist.broadcast(buffer, 0)
+            each = [None] * world_size()
+            dist.all_gather_object(each, self.bad)
+            self.bad = list(dict.fromkeys(sum(each, [])))
+        every = self.args.knn_every if self.held_out else 0
         if every and not part and (epochs % every == 0 or self.number == self.total):
             self.log(knn_top1=self.monitor())
         elif self.number % self.args.log_every == 0 or self.number == self.total:
@@ -1247,26 +1264,29 @@ class _Run:
         """A line of JSON, the same on the screen, and a warning if a number looks wrong."""
         unit = F.normalize(self.features.float(), dim=-1).flatten(0, 1)  # (B * V, D)
         spread = unit.std(dim=0).mean().item() * unit.shape[1] ** 0.5
-        seconds, steps = time.monotonic() - self.since, max(1, len(self.losses))
-        loss, wait = sum(self.losses) / steps, min(1.0, self.waited / seconds)
+        seconds, steps = time.monotonic() - self.since, self.number - self.logged
+        loss = sum(self.losses) / len(self.losses) if self.losses else math.nan
+        wait = min(1.0, self.waited / seconds)
         entry = {"step": self.number, "epoch": self.number / self.steps_per_epoch, "loss": loss}
         entry |= {"chance": self.chance, "lr": self.lr, "feature_std": spread, **self.more, **more}
         entry |= {"bad_videos": len(self.bad), "skipped_steps": self.skipped, "data_wait": wait}
         entry |= {"videos_per_second": steps * self.args.batch_size / seconds}
-        entry = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in entry.items()}
-        if rank() == 0:
+        rounded = {k: float(f"{v:.5g}") for k, v in entry.items() if isinstance(v, float)}
+        entry |= {k: v if math.isfinite(v) else None for k, v in rounded.items()}  # JSON has no NaN
+        if self.file:
             self.file.write(json.dumps(entry).encode() + b"\n")
             self.file.flush()
         say(json.dumps(entry))
-        self.lines.append((loss / self.chance, spread, wait))
+        self.lines.append((loss / max(self.chance, 1e-9), spread, wait))
         self.losses, self.waited, self.since = [], 0.0, time.monotonic()
+        self.logged = self.number
         self.warn(*zip(*self.lines[-10:], strict=True))
 
-    def warn(self, losses, spreads, waits):
-        trained = self.epoch > self.args.warmup_epochs  # a young network's features are all alike
+    def warn(self, ratios, spreads, waits):
+        trained = "rho" in self.args and self.epoch > self.args.warmup_epochs  # alike when young
         for true, words in [
             (trained and max(spreads[-3:]) < 0.2, "collapsed: all videos get the same features"),
-            (trained and len(losses) == 10 and min(losses) > 0.98, "the loss stays at chance"),
+            (trained and len(ratios) == 10 and min(ratios) > 0.98, "the loss stays at chance"),
             (min(waits[-3:]) > 0.3, "waiting for data: more --workers or smaller videos help"),
         ]:
             if true and len(self.lines) > 2 and words not in self.warned:
@@ -1274,12 +1294,12 @@ class _Run:
                 say(f"WARN {words} (see the README)")
 
     def monitor(self):
-        """kNN accuracy of the backbone, in percent; see held_out."""
+        """kNN accuracy of the backbone, in percent; see _held_out."""
         network = self.model.encoder.backbone.eval()
         sides = []
         for videos, which in self.held_out:
             rows, bad = evaluate(self.args, videos, network, clips=2, which=which)
-            self.note(bad if rank() == 0 else [])
+            self.note(bad if rank() == 0 else [], "left out")
             rows = rows.mean(1)  # (n, D): the views are averaged
             read = rows.isfinite().all(-1)
             sides += [rows[read], torch.from_numpy(videos.labels)[which][read]]
@@ -1305,7 +1325,6 @@ class _Run:
         path, content = Path(self.args.out, "last.pth"), None
         if rank() == 0:
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
                 self.file = open(path.with_name("log.jsonl"), "ab")
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 content = _read(path) if path.exists() else None
@@ -1328,17 +1347,21 @@ class _Run:
 
     def restore(self, path, content):
         free = vars(_Flags).keys() - {"seed"} | {"knn_every", "allow_missing", "finished"}
-        for name, now in vars(self.args).items():
-            was = content["args"].get(name)
-            if was != now and name not in free:
-                what = "data" if name == "data_hash" else name.replace("_", "-")
-                fail(f"{path} was made with --{what} {was}, not {now}; choose another --out")
+        for name in sorted(vars(self.args), key=lambda name: name != "method"):
+            flag = name.removesuffix("_hash")  # a hash stands for what it is of
+            if content["args"].get(name) != vars(self.args)[name] and name not in free:
+                was, now = (values.get(flag) for values in (content["args"], vars(self.args)))
+                words = f"{flag.replace('_', '-')} {was or 'none'}, not {now or 'none'}"
+                if was == now:
+                    words = f"{flag} {was or 'none'}, which is not what it was"
+                fail(f"{path} was made with --{words}; choose another --out")
         if not all(torch.isfinite(tensor).all() for tensor in content["model"].values()):
             raise ValueError("some of its weights are not finite")
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         for name in ("number", "losses", "skipped", "bad"):
             setattr(self, name, content[name])
+        self.logged = self.number
         say(f"{path}: going on after step {self.number}")
 
 
@@ -1370,14 +1393,15 @@ def train(args, videos, model, optimizer, sample_clips, chance):
                 say(f"stopped after step {run.number}; the same command goes on from there")
                 return
     finally:
-        if rank() == 0 and run.file:
+        if run.file:
             run.file.close()  # another run may have the folder
         for number, handler in before.items():
             signal.signal(number, handler)
     args.finished = run.number == run.total
     say(f"done, {run.number} of {run.total} steps: {args.out}/last.pth")
     if "rho" in args:
-        say(f"evaluate: python eval_linear.py --weights {args.out}/backbone.pth")
+        data = f" --data {args.data}" if args.data else ""
+        say(f"evaluate: python eval_linear.py --weights {args.out}/backbone.pth{data}")
 
 
 def _loader(run, sample_clips):

@@ -14,6 +14,7 @@ Recipe   python eval_linear.py --weights out/byol-demo-rho2/backbone.pth
 
 import json
 import math
+import os
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -48,7 +49,7 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     batch_size = 64, 64  # videos of a step, over all processes
     optimizer = "sgd", "sgd"  # lars, sgd or adamw
     lr = 0.5, 0.5  # per 64 videos
-    warmup_epochs = 8.0, 8.0  # of linear warm-up, 0 = none
+    warmup_epochs = 8.0, 8.0  # of linear warm-up, 0 = none; in proportion to the epochs
     weight_decay = 0.0, 0.0  # 0 = none
     batch_norm = "plain", "plain"  # sync: over all GPUs; plain: over each GPU's share
 
@@ -115,6 +116,8 @@ def test_videos(source, videos):
         if (part.labels < 0).any():
             first = part[int((part.labels < 0).argmax())]
             common.fail(f"{name} has videos without a label (a class folder, or a tab): {first}")
+    if len(videos.classes) < 2:
+        common.fail(f"--data has one class, {videos.classes[0]}: there is nothing to tell apart")
     if absent := set(range(len(videos.classes))) - set(val.labels):
         common.say(
             f"WARN no test video of class {videos.classes[min(absent)]} ({len(absent)} such)"
@@ -135,10 +138,10 @@ def labelled(args, videos, network, clips, crops=1):
     return rows[read], torch.from_numpy(videos.labels)[read]
 
 
-def report(args, classes, nearest, scores, labels, n):
-    """Print accuracies in percent of softmax scores (m, classes) and kNN, and write them, with what
-    it takes to repeat them, to result.json. n: videos in the test set, m of which could be read."""
-    right = scores.argmax(-1) == labels  # (m,)
+def report(args, classes, nearest, scores, labels, expected):
+    """Print accuracies in percent of softmax scores (n, classes) and kNN, and write them, with what
+    it takes to repeat them, to result.json. n videos of the expected ones could be read."""
+    right = scores.argmax(-1) == labels  # (n,)
     five = (scores.topk(min(5, len(classes))).indices == labels[:, None]).any(-1)
     each = {name: right[labels == i] for i, name in enumerate(classes) if (labels == i).any()}
     percent = lambda hits: round(100 * hits.float().mean().item(), 2)  # noqa: E731
@@ -149,7 +152,8 @@ def report(args, classes, nearest, scores, labels, n):
         )
         protocol += f" crops at {args.test_size}; BN {'adapted' if args.adapt_bn else 'in eval'}"
     result = {"knn_top1": round(nearest, 2), "linear_top1": percent(right)}
-    result |= {"linear_top5": percent(five), "n": len(labels), "missing": n - len(labels)}
+    result |= {"linear_top5": percent(five), "n": len(labels)}
+    result["missing"] = expected - len(labels)
     result |= {"classes": len(classes), "protocol": protocol}
     result["views"] = args.cached_clips if args.cached else args.test_clips * args.test_crops
     result |= {name: getattr(args, name) for name in ("weights", "backbone", "seed")}
@@ -163,19 +167,16 @@ def report(args, classes, nearest, scores, labels, n):
 
 def write_features(args, videos, backbone):
     """NPZ of features (n, D), averaged over the views, labels (n,), paths (n,), in list order."""
-    if common.rank() == 0:
-        try:
-            file = open(f"{args.extract}.tmp", "wb")
-        except OSError as error:
-            common.fail(f"--extract {args.extract}: {error.strerror}")
+    if not os.access(Path(args.extract).parent, os.W_OK):
+        common.fail(f"--extract {args.extract}: cannot write there")
     features, problems = common.evaluate(args, videos, backbone, args.cached_clips)
     for problem in problems:
         common.say(f"WARN left out: {problem}")
     read = np.flatnonzero(features.flatten(1).isfinite().all(1))
     if common.rank() == 0:
         paths, labels = np.array([videos[int(i)] for i in read]), videos.labels[read]
-        np.savez(file, features=features[read].mean(1).numpy(), labels=labels, paths=paths)
-        file.close()
+        with open(f"{args.extract}.tmp", "wb") as file:
+            np.savez(file, features=features[read].mean(1).numpy(), labels=labels, paths=paths)
         Path(f"{args.extract}.tmp").replace(args.extract)
     common.say(f"wrote {args.extract}: features of {len(read)} of {len(videos)} videos")
 
@@ -187,6 +188,8 @@ def main(argv=None):
     args, videos = common.start(Recipe, argv)
     if args.cached and args.adapt_bn:
         common.fail("--adapt-bn trains on clips: it needs --no-cached")
+    if args.cached and args.show_views:
+        common.fail("--show-views shows what is trained on: it needs --no-cached")
     val = None if args.extract else test_videos(args.val, videos)
     model = Probe(args, max(1, len(videos.classes)))
     common.load(model.encoder.backbone, args)

@@ -62,8 +62,8 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     optimizer = "sgd", "adamw"  # lars, sgd or adamw
     lr = 0.01, 4.8e-3  # per 64 videos
     lr_steps = (0.0,), (0.0,)  # epochs after which lr falls to a tenth, 0 = half a cosine instead
-    warmup_epochs = 0.0, 3.0  # of linear warm-up, 0 = none
-    weight_decay = 0.0, 1e-4  # but for BN, 0 = none
+    warmup_epochs = 0.0, 3.0  # of linear warm-up, 0 = none; in proportion to the epochs
+    weight_decay = 0.0, 1e-4  # on all weights but those of BN, 0 = none
     batch_norm = "sync", "sync"  # sync: over all GPUs; plain: over each GPU's share
 
 
@@ -141,10 +141,10 @@ class Detector(Classifier):
         classes for each box (B, M, classes); HEAD:20."""
         backbone, dropout, linear = self.encoder
         maps = common.per_view(nn.Sequential(*backbone), clips, self.low_memory)[:, 0].mean(2)
-        scale = 2.0 ** round(math.log2(maps.shape[-1] / clips.shape[-1]))  # (B, D, H / 16, W / 16)
+        scale = 2.0 ** round(math.log2(maps.shape[-1] / clips.shape[-1]))  # 1/16 in slow_r50
         parts = roi_align(maps, [*boxes[:, 0].float()], 7, scale, sampling_ratio=0, aligned=True)
         scores = linear(dropout(parts.amax((2, 3)))).float()  # (B * M, classes)
-        return maps.mean((2, 3))[:, None], scores.unflatten(0, boxes.shape[::2])
+        return maps.mean((2, 3))[:, None], scores.unflatten(0, (len(boxes), -1))
 
 
 def dilate(backbone):
@@ -407,6 +407,8 @@ def test_videos(source, videos):
         if (part.labels < 0).any():
             first = part[int((part.labels < 0).argmax())]
             common.fail(f"{name} has videos without a label (a class folder, or a tab): {first}")
+    if len(videos.classes) < 2:
+        common.fail(f"--data has one class, {videos.classes[0]}: there is nothing to tell apart")
     if absent := set(range(len(videos.classes))) - set(val.labels):
         common.say(
             f"WARN no test video of class {videos.classes[min(absent)]} ({len(absent)} such)"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from layouts import ava, charades, hmdb51, ssv2, ucf101  # noqa: F401
 from videos import make_video
 
 ROOT = Path(__file__).parent.parent

@@ -531,3 +531,22 @@ def test_ctrl_c_before_training_is_no_traceback(small, monkeypatch, capfd):
     with pytest.raises(SystemExit) as stop, contextlib.suppress(AttributeError):
         run("byol", small)
     assert stop.value.code == 130
+
+
+def test_a_network_without_bn(small, tmp_path, monkeypatch):
+    """A backbone of one's own need not have BN: it trains, and a step that is not finite is put
+    back."""
+
+    def plain():
+        network = common._tiny()
+        for stage in network:
+            stage[1] = torch.nn.Identity()
+        return network
+
+    right = byol.regression_loss
+    losses = iter([1, math.nan, 1, 1])
+    monkeypatch.setitem(common._BACKBONES, "tiny", plain)
+    monkeypatch.setattr(byol, "regression_loss", lambda q, k: right(q, k) * next(losses))
+    monkeypatch.setattr(common, "mlp", lambda widths, bn: torch.nn.Linear(widths[0], widths[-1]))
+    run("byol", small)
+    assert log_of(tmp_path / "out")[-1]["skipped_steps"] == 1
