@@ -99,7 +99,7 @@ def start(recipe, argv=None, rows=None):
 
 def _take_part(args):
     """Seed this process, give it its device and its share of the cores, and join the others."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**63)
     torch.backends.cudnn.benchmark = True
     on_cpu, local = device().type == "cpu", int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not on_cpu and local > torch.cuda.device_count():
@@ -1190,7 +1190,8 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         torch._foreach_copy_(self.before, self.statistics)
-        torch.manual_seed((self.args.seed << 40) + (self.number << 12) + rank())  # of dropout
+        own = (self.args.seed << 40) + (self.number << 12) + rank()
+        torch.manual_seed(own % 2**63)  # of dropout
 
     def note(self, bad):
         """Name each bad video once."""
