@@ -146,6 +146,8 @@ def _as_trained(args):
         Path(args.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--out {args.out}: {error.strerror}")
+    if not os.access(args.out, os.W_OK):
+        fail(f"--out {args.out}: cannot write there")
 
 
 def _parse(recipe, argv):
@@ -1233,13 +1235,17 @@ class _Run:
         epochs, part = divmod(self.number, self.steps_per_epoch)
         for buffer in [] if part or world_size() == 1 else self.statistics:
             dist.broadcast(buffer, 0)  # what is saved and evaluated is rank 0's
+        over = not part or self.stop or self.number == self.last
+        over |= time.monotonic() - self.saved > 600
+        if over and not _finite(self.model.state_dict(), self.optimizer.state_dict()):
+            words = f"the weights are not finite after step {self.number}"
+            fail(f"{words}; {self.args.out}/last.pth is from before", code=1)
         every = self.held_out and self.args.knn_every
         if every and not part and (epochs % every == 0 or self.number == self.total):
             self.log(knn_top1=self.monitor())
         elif self.number % self.args.log_every == 0 or self.number == self.total:
             self.log()
-        over = not part or self.stop or self.number == self.last
-        if over or time.monotonic() - self.saved > 600:
+        if over:
             self.save()
         if self.number == self.last and self.losses:
             self.log()  # part of an interval; a resume cuts it off, and writes the whole one
@@ -1318,10 +1324,10 @@ class _Run:
             box = [content]
             dist.broadcast_object_list(box)
             content = box[0]
-        if content:
+        if content is not None:
             try:
                 self.restore(path, content)
-            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
                 reason = str(error).split("\n")[-1].strip() or error
                 fail(f"{path} cannot go on in this run ({reason}); choose another --out")
         if rank() == 0:
@@ -1334,13 +1340,24 @@ class _Run:
             if was != now and name not in free:
                 what = "data" if name == "data_hash" else name.replace("_", "-")
                 fail(f"{path} was made with --{what} {was}, not {now}; choose another --out")
-        if not all(torch.isfinite(tensor).all() for tensor in content["model"].values()):
+        if not _finite(content["model"], content["optimizer"]):
             raise ValueError("some of its weights are not finite")
+        if not 0 <= content["number"] <= self.total or content["log_bytes"] < 0:
+            raise ValueError(f"step {content['number']}, log of {content['log_bytes']} bytes")
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         for name in ("number", "losses", "skipped", "bad"):
             setattr(self, name, content[name])
         say(f"{path}: going on after step {self.number}")
+
+
+def _finite(model, optimizer):
+    """Whether all tensors of two state dicts are."""
+    tensors = [
+        *model.values(),
+        *(t for state in optimizer["state"].values() for t in state.values()),
+    ]
+    return all(torch.isfinite(torch.as_tensor(tensor)).all() for tensor in tensors)
 
 
 def train(args, videos, model, optimizer, sample_clips, chance):

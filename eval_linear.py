@@ -185,8 +185,9 @@ def write_features(args, videos, backbone):
 
 def main(argv=None):
     args, videos = common.start(Recipe, argv)
-    if args.cached and args.adapt_bn:
-        common.fail("--adapt-bn trains on clips: it needs --no-cached")
+    for flag in ("adapt-bn", "show-views"):
+        if args.cached and getattr(args, flag.replace("-", "_")):
+            common.fail(f"--{flag} is about training on clips: it needs --no-cached")
     val = None if args.extract else test_videos(args.val, videos)
     model = Probe(args, max(1, len(videos.classes)))
     common.load(model.encoder.backbone, args)
