@@ -5,19 +5,25 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import common
 from conftest import METHODS, ROOT, SMALL
 from test_train import assert_same_run, log_of
+from test_video import UNREADABLE
+from videos import make_video
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +41,7 @@ class Job:
         how = [sys.executable]
         if ranks > 1:
             how += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        self.screen = self.out.with_suffix(".screen")
+        self.screen = self.out.with_suffix(f".{self.mark[-36:]}.screen")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "RHO_TEST": self.mark[9:]}
         with open(self.screen, "wb") as screen:
             self.process = subprocess.Popen(
@@ -99,6 +105,10 @@ class Job:
             return json.loads((self.out / "log.jsonl").read_bytes().splitlines()[-1])["step"]
         return 0
 
+    def reached(self, number):
+        """Whether that step is over; 0: it has said something."""
+        return self.step() >= number and self.screen.stat().st_size > 0
+
     def until(self, reached):
         """Wait until reached(); returns whether it was before the end."""
         while self.alive() and not reached():
@@ -141,6 +151,19 @@ def assert_same_files(one, two):
     assert not list(Path(two).glob("*.tmp"))
 
 
+def interrupted(script, argv, out, ranks, number, spans, step, chance):
+    """A job that runs and is at a random moment soon after a step; after its first word for step 0.
+    spans: seconds of what comes after its first word, and after its last step."""
+    for attempt in range(5):  # the machine may be faster now than when the spans were measured
+        job = Job(script, argv, out, ranks)
+        if job.until(partial(job.reached, number)):
+            time.sleep(chance.uniform(0, 0.8 * spans.get(number, min(step, 0.2)) / (1 + attempt)))
+            if job.alive():
+                return job
+        job.finish()
+    raise AssertionError(f"step {number} was over too soon")
+
+
 def series(script, argv, tmp_path, ranks, kills, seed):
     """Kill a command at random moments, giving it again after each: one kill before the first step,
     one after the last step of an evaluation, the others in steps, drawn over the whole run; with
@@ -150,17 +173,11 @@ def series(script, argv, tmp_path, ranks, kills, seed):
     begun = time.monotonic()
     total, start, step, tail = undisturbed(script, argv, whole, ranks)
     tested = script in ("eval_linear", "finetune")
-    steps = [chance.randint(1, int(0.9 * total)) for _ in range(kills - 1 - tested)]
+    steps = [chance.randint(1, int(0.8 * total)) for _ in range(kills - 1 - tested)]
     numbers = [0, *sorted(steps), *[total] * tested]
     for i, number in enumerate(numbers):
-        job, alone = Job(script, argv, out, ranks), ranks > 1 and i % 2
-        if number == 0:
-            assert job.until(lambda job=job: job.screen.stat().st_size), job.text()
-            time.sleep(chance.uniform(0, 0.8 * start))
-        else:
-            assert job.until(lambda job=job, n=number: job.step() >= n), job.text()
-            time.sleep(chance.uniform(0, 0.7 * tail if number == total else 2 * step))
-        assert job.alive(), f"{number} of {total} was too late"
+        alone = ranks > 1 and i % 2
+        job = interrupted(script, argv, out, ranks, number, {0: start, total: tail}, step, chance)
         if alone:
             before = time.monotonic()
             os.kill(job.rank_pids()[chance.randrange(ranks)], signal.SIGKILL)
@@ -282,3 +299,73 @@ def test_2000_steps_are_flat(tmp_path):
     assert then[1] <= handles
     assert then[2] < 1.15 * cpu
     assert then[3] < 1.5 * wall  # other work on the machine is in it
+
+
+# --- damaged videos
+
+
+def test_hundreds_of_damaged_videos_train(tmp_path):
+    """500 files with random bytes overwritten, 45 that end at a tenth and all that hold no video,
+    among 60 good ones, 4 epochs with 2 workers: the run ends well, names each bad video once, no
+    worker dies, hangs or grows."""
+    root, kinds = tmp_path / "data", ["mp4", "mkv", "webm", "avi", "ts"]
+    root.mkdir()
+    codecs = {"webm": "libvpx", "avi": "mpeg4"}
+    for kind in kinds:
+        good = root / f"good-00.{kind}"
+        make_video(good, n=60, size=(96, 64), codec=codecs.get(kind, "libx264"))
+        data = good.read_bytes()
+        for i in range(1, 12):
+            (root / f"good-{i:02d}.{kind}").write_bytes(data)
+        for tenth in range(1, 10):
+            (root / f"cut-{tenth}.{kind}").write_bytes(data[: len(data) * tenth // 10])
+        for seed in range(100):
+            rng, noise = np.random.default_rng(seed), np.frombuffer(data, np.uint8).copy()
+            noise[rng.integers(0, len(data), 20)] = rng.integers(0, 256, 20)
+            (root / f"noise-{seed:02d}.{kind}").write_bytes(noise.tobytes())
+    for name in UNREADABLE:
+        place = root / name.replace(".", "-")
+        place.mkdir()
+        UNREADABLE[name](place / name)
+    hopeless = [path for path in root.rglob("*") if path.name in UNREADABLE and path.is_file()]
+    hopeless = [path for path in hopeless if path.suffix.lower() in common._SUFFIXES]
+    argv = ["--data", str(root), *SMALL, "--batch-size", "8", "--epochs", "4", "--workers", "2"]
+    job = Job("byol", [*argv, "--knn-every", "0"], tmp_path / "out")
+    rows, slowest, moved = [], 0.0, time.monotonic()
+    while job.alive() and job.step() < 300:
+        workers = [pid for pid, (_, parent) in job.pids().items() if parent == job.process.pid]
+        with contextlib.suppress(OSError):  # of one that ends
+            rows += [(job.step(), usage(workers)[0])] * (len(workers) == 2)
+        before = job.step()
+        time.sleep(0.2)
+        if job.step() != before:
+            slowest, moved = max(slowest, time.monotonic() - moved), time.monotonic()
+    job.finish()
+    named = re.findall(r"WARN bad video, left out: (.*?\.\w+): ", job.text())
+    assert len(named) == len(set(named)) == log_of(tmp_path / "out")[-1]["bad_videos"]
+    assert len(hopeless) > 10 and {str(path) for path in hopeless} <= set(named)
+    assert not any("good-" in name for name in named)
+    total = log_of(tmp_path / "out")[-1]["step"]
+    first = statistics.median(size for step, size in rows if total / 5 < step < total * 2 / 5)
+    last = statistics.median(size for step, size in rows if total * 4 / 5 < step)
+    print(
+        f"\n  {total} steps, {len(named)} bad videos named, no step of {slowest:.0f} s; "
+        f"2 workers: {first:.0f} MiB, then {last:.0f} MiB"
+    )
+    assert last - first < 30 and slowest < 30
+
+
+def test_a_second_run_on_the_same_folder(folder, tmp_path):
+    """Refused in one line with exit code 2, whatever it is, while the first goes on and ends as
+    alone."""
+    argv = ["--data", str(folder), *SMALL, *TINY, "--knn-every", "0"]
+    undisturbed("byol", argv, tmp_path / "whole", 1)
+    first = Job("byol", argv, tmp_path / "out")
+    assert first.until(first.step)
+    os.kill(first.process.pid, signal.SIGSTOP)
+    for script in ("byol", "simclr"):
+        second = Job(script, argv, tmp_path / "out")
+        assert second.wait(60) == 2 and "another run writes here" in second.text()
+    os.kill(first.process.pid, signal.SIGCONT)
+    assert first.wait(60) == 0
+    assert_same_files(tmp_path / "whole", tmp_path / "out")
