@@ -94,6 +94,8 @@ def start(recipe, argv=None, rows=None):
             Path(args.out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"--out {args.out}: {error.strerror}")
+    if not args.show_views and not os.access(args.out, os.W_OK):
+        fail(f"--out {args.out}: cannot write there")
     if args.check_data:
         _check_data(args, videos)
     where = torch.cuda.get_device_name() if device().type == "cuda" else "CPU"
@@ -106,7 +108,7 @@ def start(recipe, argv=None, rows=None):
 
 def _take_part(args):
     """Seed this process, give it its device and its share of the cores, and join the others."""
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**63)
     torch.backends.cudnn.benchmark = True
     on_cpu, local = device().type == "cpu", int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not on_cpu and local > torch.cuda.device_count():
@@ -208,7 +210,6 @@ def _check(args, n):
         (args.optimizer not in _OPTIMIZERS, f"optimizer {args.optimizer}: one of {[*_OPTIMIZERS]}"),
         (args.batch_norm not in ("sync", "plain"), f"batch-norm {args.batch_norm}: sync or plain"),
         (args.warmup_epochs >= args.epochs, f"warmup-epochs: less than --epochs {args.epochs}"),
-        (args.seed >= 2**63, f"seed {args.seed}: less than 2^63"),
         (len(side) != 2 or side[0] > side[1], f"short-side {side}: a least and a largest one"),
         (side[0] < args.size, f"short-side {side[0]} is less than --size {args.size}"),
         (len(area) != 2 or area[0] > area[1] or area[1] > 1, f"crop-area {area}: two shares"),
@@ -1249,13 +1250,18 @@ class _Run:
             each = [None] * world_size()
             dist.all_gather_object(each, self.bad)
             self.bad = list(dict.fromkeys(sum(each, [])))
+        over = not part or self.stop or self.number == self.last
+        over |= time.monotonic() - self.saved > 600
+        if over and not _finite(self.model.state_dict(), self.optimizer.state_dict()):
+            fail(
+                f"weights are not finite after step {self.number}; a smaller --lr may help", code=1
+            )
         every = self.args.knn_every if self.held_out else 0
         if every and not part and (epochs % every == 0 or self.number == self.total):
             self.log(knn_top1=self.monitor())
         elif self.number % self.args.log_every == 0 or self.number == self.total:
             self.log()
-        over = not part or self.stop or self.number == self.last
-        if over or time.monotonic() - self.saved > 600:
+        if over:
             self.save()
         if self.number == self.last and self.losses:
             self.log()  # part of an interval; a resume cuts it off, and writes the whole one
@@ -1336,10 +1342,10 @@ class _Run:
             box = [content]
             dist.broadcast_object_list(box)
             content = box[0]
-        if content:
+        if content is not None:
             try:
                 self.restore(path, content)
-            except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
                 reason = str(error).split("\n")[-1].strip() or error
                 fail(f"{path} cannot go on in this run ({reason}); choose another --out")
         if rank() == 0:
@@ -1355,14 +1361,22 @@ class _Run:
                 if was == now:
                     words = f"{flag} {was or 'none'}, which is not what it was"
                 fail(f"{path} was made with --{words}; choose another --out")
-        if not all(torch.isfinite(tensor).all() for tensor in content["model"].values()):
+        if not _finite(content["model"], content["optimizer"]):
             raise ValueError("some of its weights are not finite")
+        if not 0 <= content["number"] <= self.total or content["log_bytes"] < 0:
+            raise ValueError(f"step {content['number']}, log of {content['log_bytes']} bytes")
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         for name in ("number", "losses", "skipped", "bad"):
             setattr(self, name, content[name])
         self.logged = self.number
         say(f"{path}: going on after step {self.number}")
+
+
+def _finite(model, optimizer):
+    """Whether all tensors of two state dicts are."""
+    states = [model, *optimizer["state"].values()]
+    return all(torch.as_tensor(t).isfinite().all() for state in states for t in state.values())
 
 
 def train(args, videos, model, optimizer, sample_clips, chance):

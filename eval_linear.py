@@ -167,7 +167,8 @@ def report(args, classes, nearest, scores, labels, expected):
 
 def write_features(args, videos, backbone):
     """NPZ of features (n, D), averaged over the views, labels (n,), paths (n,), in list order."""
-    if not os.access(Path(args.extract).parent, os.W_OK):
+    folder = Path(args.extract).parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
         common.fail(f"--extract {args.extract}: cannot write there")
     features, problems = common.evaluate(args, videos, backbone, args.cached_clips)
     for problem in problems:
@@ -186,10 +187,9 @@ def write_features(args, videos, backbone):
 
 def main(argv=None):
     args, videos = common.start(Recipe, argv)
-    if args.cached and args.adapt_bn:
-        common.fail("--adapt-bn trains on clips: it needs --no-cached")
-    if args.cached and args.show_views:
-        common.fail("--show-views shows what is trained on: it needs --no-cached")
+    for flag in ("adapt-bn", "show-views"):
+        if args.cached and getattr(args, flag.replace("-", "_")):
+            common.fail(f"--{flag} is about training on clips: it needs --no-cached")
     val = None if args.extract else test_videos(args.val, videos)
     model = Probe(args, max(1, len(videos.classes)))
     common.load(model.encoder.backbone, args)

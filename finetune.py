@@ -510,6 +510,8 @@ def report(args, classes, n, numbers, read):
 
 def main(argv=None):
     args, videos = common.start(Recipe, with_settings(argv), rows)
+    if args.boxes and args.dataset != "ava":
+        common.fail(f"--boxes is for --dataset ava, not {args.dataset}")
     several, sample, classes = args.dataset in ("charades", "ava"), sample_clips, videos.classes
     if args.dataset == "ssv2":
         sample = partial(segments, args)

@@ -24,6 +24,12 @@ SMALL = """--small --backbone tiny --frames 4 --stride 4 --size 16 --batch-size 
     --warmup-epochs 0.5 --workers 0 --log-every 2""".split()
 
 
+def pytest_configure(config):
+    """Without an -m of its own, a command runs all but the slow tests."""
+    config.addinivalue_line("markers", "slow: half an hour of kills and a long run (-m slow)")
+    config.option.markexpr = config.option.markexpr or "not slow"
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """13 videos of 1 s in two class folders."""

@@ -1,6 +1,11 @@
 """Faults from outside: kills at any moment, a full disk, a rank that dies. Nothing is lost."""
 
+import copy
+import hashlib
+import importlib
+import io
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -17,9 +22,10 @@ import pytest
 import torch
 
 import byol
+import common
 import eval_linear
-from conftest import ROOT, run_ranks
-from test_train import assert_same_run
+from conftest import METHODS, ROOT, run_ranks
+from test_train import assert_same_run, log_of
 from videos import make_video
 
 
@@ -152,14 +158,115 @@ def test_a_mistake_is_one_line_in_a_real_process(command, tmp_path):
     assert not Path(tmp_path, "data").exists()
 
 
-def test_black_videos_train(small, tmp_path):
-    """Videos of nothing but black are videos: finite weights, nothing skipped."""
+# --- numbers
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_black_and_constant_videos_train(method, small, tmp_path):
+    """Videos of nothing but black or one tone are videos: finite weights, no step skipped."""
     (tmp_path / "data").mkdir()
     for i in range(6):
-        black = lambda counter, w, h: np.zeros((h, w, 3), np.uint8)  # noqa: E731
-        make_video(tmp_path / f"data/{i}.mp4", n=20, size=(48, 36), draw=black)
-    byol.main([*small, "--data", str(tmp_path / "data"), "--epochs", "2"])
-    lines = [json.loads(line) for line in (tmp_path / "out/log.jsonl").read_text().splitlines()]
-    assert lines[-1]["skipped_steps"] == 0
-    state = torch.load(tmp_path / "out/last.pth", weights_only=True)["model"]
+        tone = 40 * (i % 3)
+        flat = lambda counter, w, h, tone=tone: np.full((h, w, 3), tone, np.uint8)  # noqa: E731
+        make_video(tmp_path / f"data/{i}.mp4", n=20, size=(48, 36), draw=flat)
+    main = importlib.import_module(method).main
+    main([*small, "--data", str(tmp_path / "data"), "--epochs", "3"])
+    assert_healthy(tmp_path / "out", steps=3)
+
+
+def assert_healthy(out, steps):
+    line = log_of(out)[-1]
+    assert line["skipped_steps"] == 0 and line["step"] == steps and math.isfinite(line["loss"])
+    state = torch.load(out / "last.pth", weights_only=True)["model"]
     assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_collapsed_network_trains(method, small, tmp_path, monkeypatch):
+    """All features exactly 0, which have no direction: loss and gradient are finite, and steps are
+    taken."""
+    distribute = common.distribute
+
+    def collapsed(model, args):
+        for head in (model.encoder.projector, getattr(model, "predictor", None)):
+            for parameter in head[-1].parameters() if head else []:
+                parameter.data.zero_()
+        return distribute(model, args)
+
+    monkeypatch.setattr(common, "distribute", collapsed)
+    importlib.import_module(method).main(small)
+    assert_healthy(tmp_path / "out", steps=4)
+    assert log_of(tmp_path / "out")[0]["feature_std"] < 0.2
+
+
+SPOILED = {1: math.nan, 2: math.inf, 3: 3e38}  # what a clip of rank 1 is in these steps
+
+
+def spoiled(method, argv):
+    """At the begin of each step: a digest of the whole state, and one of the weights."""
+    begin, seen = common._Run.begin, []
+
+    def digest(content):
+        file = io.BytesIO()
+        torch.save(content, file)
+        return hashlib.sha256(file.getvalue()).hexdigest()
+
+    def spoil(self, *batch):
+        begin(self, *batch)
+        model, optimizer = copy.deepcopy((self.model.state_dict(), self.optimizer.state_dict()))
+        for group in optimizer["param_groups"]:
+            group["lr"] = 0  # of the step that begins
+        seen.append((digest([model, optimizer]), digest([*self.model.parameters()])))
+        if common.rank() == 1 and self.number in SPOILED:
+            self.clips[0] = SPOILED[self.number]
+
+    common._Run.begin = spoil
+    importlib.import_module(method).main(argv)
+    return seen
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_guard_on_two_ranks(method, folder, small, tmp_path):
+    """A clip of NaN, of infinity, and of numbers that overflow, on one rank only: on both, weights,
+    buffers, target, queue, optimizer and their counters stay as they were, and training goes on."""
+    rows = "".join(f"{path}\n" for path in sorted(folder.rglob("*.mp4")) * 3)
+    (tmp_path / "list.txt").write_text(rows)
+    argv = [*small, "--data", str(tmp_path / "list.txt"), "--batch-size", "4", "--max-steps", "6"]
+    ranks = run_ranks(2, spoiled, method, argv)
+    for states in ranks:
+        whole = [state for state, _ in states]
+        assert whole[1] == whole[2] == whole[3] == whole[4]
+        assert len(set(whole)) == 3  # before the first step, after it, after the fifth
+    assert [weights for _, weights in ranks[0]] == [weights for _, weights in ranks[1]]
+    assert log_of(tmp_path / "out")[-1]["skipped_steps"] == 3
+
+
+def test_weights_that_overflow_are_not_saved(small, tmp_path, monkeypatch, capfd):
+    """A finite gradient whose step leaves weights that are not: exit code 1 in words, and last.pth
+    is that of before."""
+    byol.main([*small, "--max-steps", "2"])
+    files = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.pth")}
+    step = torch.optim.AdamW.step
+
+    def overflow(self, *args, **more):
+        step(self, *args, **more)
+        self.param_groups[0]["params"][0].data.mul_(1e38).mul_(1e38)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    with pytest.raises(SystemExit) as stop:
+        byol.main(small)
+    assert stop.value.code == 1 and "weights are not finite" in capfd.readouterr().err
+    assert len(files) == 2 and all(path.read_bytes() == was for path, was in files.items())
+
+
+@pytest.mark.parametrize("ranks, batch", [(1, 1), (2, 2), (4, 4), (4, 7)])
+def test_a_batch_of_one_video_a_rank(ranks, batch, small, monkeypatch, capfd):
+    """BN has nothing to normalise with one video: refused with the number of videos that it needs;
+    so is a batch that does not divide, with one that does."""
+    monkeypatch.setattr(common, "world_size", lambda: ranks)
+    monkeypatch.setattr(common, "_take_part", lambda args: None)
+    with pytest.raises(SystemExit) as stop:
+        byol.main([*small, "--batch-size", str(batch)])
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and f"--batch-size {batch}" in line
+    assert "needs 2 videos for BN" in line if batch == ranks else "try 8" in line

@@ -54,3 +54,15 @@ def test_what_the_readme_says_of_rho(method):
     assert min(linear[method, 2]) > max(linear[method, 1] + random)
     if method in ("simclr", "swav"):
         assert min(linear[method, 4]) > max(linear[method, 2])
+
+
+def test_slow_tests_wait_to_be_asked(capfd):
+    """A plain pytest runs all tests but the slow ones, and -m slow runs these and nothing else."""
+    files = [str(ROOT / f"tests/test_{name}.py") for name in ("slow", "readme")]
+    collected = {}
+    for words in ((), ("-m", "slow")):
+        capfd.readouterr()
+        assert pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *words, *files]) == 0
+        lines = [line for line in capfd.readouterr().out.splitlines() if "::" in line]
+        collected[words] = {line.split("::")[0].rpartition("/")[2] for line in lines}
+    assert collected == {(): {"test_readme.py"}, ("-m", "slow"): {"test_slow.py"}}
