@@ -1286,13 +1286,13 @@ class _Run:
         self.lines.append((loss / max(self.chance, 1e-9), spread, wait))
         self.losses, self.waited, self.since = [], 0.0, time.monotonic()
         self.logged = self.number
-        self.warn(*zip(*self.lines[-10:], strict=True))
+        self.warn(*zip(*self.lines[-15:], strict=True))
 
     def warn(self, ratios, spreads, waits):
         trained = "rho" in self.args and self.epoch > self.args.warmup_epochs  # alike when young
         for true, words in [
             (trained and max(spreads[-3:]) < 0.2, "collapsed: all videos get the same features"),
-            (trained and len(ratios) == 10 and min(ratios) > 0.98, "the loss stays at chance"),
+            (trained and len(ratios) == 15 and min(ratios) > 0.98, "the loss stays at chance"),
             (min(waits[-3:]) > 0.3, "waiting for data: more --workers or smaller videos help"),
         ]:
             if true and len(self.lines) > 2 and words not in self.warned:

@@ -131,27 +131,27 @@ def test_videos(source, videos):
 
 def labelled(args, videos, network, clips, crops=1):
     """What a network makes of the videos that can be read, and their labels: (n, ...), (n,)."""
-    rows, problems = common.evaluate(args, videos, network, clips, crops)
+    outputs, problems = common.evaluate(args, videos, network, clips, crops)
     for problem in problems:
         common.say(f"WARN left out: {problem}")
-    read = rows.flatten(1).isfinite().all(1)
-    return rows[read], torch.from_numpy(videos.labels)[read]
+    read = outputs.flatten(1).isfinite().all(1)
+    return outputs[read], torch.from_numpy(videos.labels)[read]
 
 
 def report(args, classes, nearest, scores, labels, expected):
     """Print accuracies in percent of softmax scores (n, classes) and kNN, and write them, with what
     it takes to repeat them, to result.json. n videos of the expected ones could be read."""
-    right = scores.argmax(-1) == labels  # (n,)
+    hits = scores.argmax(-1) == labels  # (n,)
     five = (scores.topk(min(5, len(classes))).indices == labels[:, None]).any(-1)
-    each = {name: right[labels == i] for i, name in enumerate(classes) if (labels == i).any()}
-    percent = lambda hits: round(100 * hits.float().mean().item(), 2)  # noqa: E731
+    each = {name: hits[labels == i] for i, name in enumerate(classes) if (labels == i).any()}
+    percent = lambda part: round(100 * part.float().mean().item(), 2)  # noqa: E731
     protocol = f"cached features, {args.cached_clips} clips x 1 crop, BN in eval"
     if not args.cached:
         protocol = (
             f"{args.epochs} epochs of random clips; {args.test_clips} clips x {args.test_crops}"
         )
         protocol += f" crops at {args.test_size}; BN {'adapted' if args.adapt_bn else 'in eval'}"
-    result = {"knn_top1": round(nearest, 2), "linear_top1": percent(right)}
+    result = {"knn_top1": round(nearest, 2), "linear_top1": percent(hits)}
     result |= {"linear_top5": percent(five), "n": len(labels)}
     result["missing"] = expected - len(labels)
     result |= {"classes": len(classes), "protocol": protocol}

@@ -422,11 +422,11 @@ def test_videos(source, videos):
 
 def labelled(args, videos, network, clips, crops=1):
     """What a network makes of the videos that can be read, and their labels: (n, ...), (n,)."""
-    rows, problems = common.evaluate(args, videos, network, clips, crops)
+    outputs, problems = common.evaluate(args, videos, network, clips, crops)
     for problem in problems:
         common.say(f"WARN left out: {problem}")
-    read = rows.flatten(1).isfinite().all(1)
-    return rows[read], torch.from_numpy(videos.labels)[read]
+    read = outputs.flatten(1).isfinite().all(1)
+    return outputs[read], torch.from_numpy(videos.labels)[read]
 
 
 def test_classes(args, model, val, classes):
@@ -484,9 +484,9 @@ def mean_precision(classes, values):
     return {"map": round(sum(each.values()) / max(1, len(each)), 2), "per_class": per_class}
 
 
-def report(args, classes, n, numbers, read):
-    """Print the numbers, and write them, with what it takes to repeat them, to result.json. n:
-    videos (or key frames) in the test set, of which so many could be read."""
+def report(args, classes, expected, numbers, n):
+    """Print the numbers, and write them, with what it takes to repeat them, to result.json. n
+    videos (or key frames) of the expected ones could be read."""
     per_class = numbers.pop("per_class")
     views, at = args.test_clips * args.test_crops, args.test_size
     protocol = f"{args.test_clips} clips x {args.test_crops} crops at {at}"
@@ -494,7 +494,7 @@ def report(args, classes, n, numbers, read):
         views, boxes = 1, args.boxes or "annotated"
         protocol = f"1 clip a key frame, whole pictures at {at}, boxes: {boxes}"
     protocol = f"{args.dataset}, {args.epochs} epochs of random clips, last epoch; {protocol}"
-    result = {**numbers, "n": read, "missing": n - read, "classes": len(classes)}
+    result = {**numbers, "n": n, "missing": expected - n, "classes": len(classes)}
     result |= {"protocol": protocol, "views": views}
     result |= {name: getattr(args, name) for name in ("weights", "backbone", "split", "seed")}
     result |= {"command": " ".join(sys.argv), "versions": common.versions()}

@@ -10,6 +10,7 @@ import os
 import random
 import signal
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -550,3 +551,28 @@ def test_a_network_without_bn(small, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "mlp", lambda widths, bn: torch.nn.Linear(widths[0], widths[-1]))
     run("byol", small)
     assert log_of(tmp_path / "out")[-1]["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ((1.0, 0.9, 0.0), "the loss stays at chance"),
+        ((0.5, 0.1, 0.0), "collapsed"),
+        ((0.5, 0.9, 0.5), "waiting for data"),
+        ((0.9, 0.9, 0.1), ""),
+    ],
+)
+def test_warnings(line, words, capsys):
+    """Each is said once, after 15 lines of (loss / chance, feature_std, data_wait) like this one;
+    but for waiting none in warm-up or in an evaluation."""
+
+    def said(**settings):
+        run = object.__new__(common._Run)
+        run.args = Namespace(warmup_epochs=1, **settings)
+        run.lines, run.warned, run.epoch = [line] * 15, set(), 2
+        for _ in range(2):
+            run.warn(*zip(*run.lines, strict=True))
+        return [text for text in capsys.readouterr().out.splitlines() if "WARN" in text]
+
+    assert len(said(rho=2)) == bool(words) and all(words in text for text in said(rho=2))
+    assert bool(said()) == ("waiting" in words)
