@@ -33,12 +33,12 @@ import common
 class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     rho = 2, 2  # clips per video, from different times
     timespan = None, None  # seconds in which all rho clips start; None = the whole video
-    backbone = "slow_r50", "tiny"  # or r2plus1d_18, s3d, s3d_g
+    backbone = "slow_r50", "tiny"  # slow_r50, r2plus1d_18, s3d, s3d_g or tiny
     frames = 8, 8  # frames of a clip
     stride = 8, 4  # distance of two frames, in 1/30 s
     short_side = (256, 256), (64, 64)  # of the decoded video, drawn between the two, in pixels
     size = 224, 32  # height and width of a clip, cut out of that, in pixels
-    augment = "crop,flip,jitter,gray,blur", "crop,flip,gray"  # operators, or none
+    augment = "crop,flip,jitter,gray,blur", "crop,flip,gray"  # also rotate,cutout,noise,sobel,none
     crop_area = (0.2, 0.766), (0.4, 1.0)  # least and largest share of the picture that is cropped
     epochs = 200, 40  # passes over the videos
     batch_size = 64, 40  # videos of a step, over all processes

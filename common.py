@@ -72,7 +72,8 @@ def start(recipe, argv=None, rows=None):
     """
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # nothing to save before the first step
     args, pretraining = _parse(recipe, argv), hasattr(recipe, "rho")
-    args.method, args.views = Path(inspect.getfile(recipe)).stem, 1
+    source = Path(inspect.getfile(recipe))
+    args.method, args.views, args.code = source.stem, 1, _digest(source.read_bytes())
     if pretraining:
         args.views, name = max(2, args.rho), Path(args.data).resolve().stem if args.data else "demo"
         args.out = args.out or f"out/{args.method}-{name}-rho{args.rho}"
@@ -89,13 +90,8 @@ def start(recipe, argv=None, rows=None):
     if args.show_views:  # which has room for four
         args.batch_size = min(args.batch_size, len(videos), 4 * world_size())
     _check(args, len(videos))
-    try:
-        if not args.show_views:
-            Path(args.out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out {args.out}: {error.strerror}")
-    if not args.show_views and not os.access(args.out, os.W_OK):
-        fail(f"--out {args.out}: cannot write there")
+    if not args.show_views:
+        _make_folder(args.out)
     if args.check_data:
         _check_data(args, videos)
     where = torch.cuda.get_device_name() if device().type == "cuda" else "CPU"
@@ -124,6 +120,19 @@ def _take_part(args):
         atexit.register(dist.destroy_process_group)
 
 
+def _make_folder(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {path}: {error.strerror}")
+    if not os.access(path, os.W_OK):
+        fail(f"--out {path}: cannot write there")
+
+
+def _digest(data):
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def versions():
     """Of the packages that a result may depend on."""
     return ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, av, np))
@@ -140,7 +149,7 @@ def _as_trained(args):
             content, data = _read(args.weights), Path(args.weights).read_bytes()
         except ValueError as error:
             fail(error)
-        args.weights_hash = hashlib.sha256(data).hexdigest()[:16]
+        args.weights_hash = _digest(data)
         found = isinstance(content, dict) and (content.get("config") or content.get("args"))
         saved = found if isinstance(found, dict) else {}
         settings |= {name: saved[name] for name in settings if name in saved}
@@ -184,7 +193,7 @@ def _parse(recipe, argv):
         flag, value = "--" + name.replace("_", "-"), getattr(args, name)
         if value is None:
             value = demo if small else paper
-            if name == "warmup_epochs":
+            if name == "warmup_epochs":  # which was chosen for so many epochs
                 value *= args.epochs / flags["epochs"][1 + small]
         if value == "" and ", needed" in text:
             fail(f"{flag} is missing: {text}")
@@ -333,7 +342,7 @@ class Videos:
             fail(f"{flag} has a class that the training videos lack: {min(unknown)}")
         number = {label: i for i, label in enumerate(["", *self.classes], start=-1)}
         self.labels = np.array([number[label] for _, label in rows])
-        self.hash = hashlib.sha256(self._bytes.tobytes() + self.labels.tobytes()).hexdigest()[:16]
+        self.hash = _digest(self._bytes.tobytes() + self.labels.tobytes())
         self.reading = torch.full((64,), -1).share_memory_()  # by each worker: number of the video
 
     def __len__(self):
@@ -1352,7 +1361,7 @@ class _Run:
             self.file.truncate(content["log_bytes"] if content else 0)
 
     def restore(self, path, content):
-        free = vars(_Flags).keys() - {"seed"} | {"knn_every", "allow_missing", "finished"}
+        free = vars(_Flags).keys() - {"seed"} | {"knn_every", "allow_missing", "finished", "code"}
         for name in sorted(vars(self.args), key=lambda name: name != "method"):
             flag = name.removesuffix("_hash")  # a hash stands for what it is of
             if content["args"].get(name) != vars(self.args)[name] and name not in free:
@@ -1371,6 +1380,8 @@ class _Run:
             setattr(self, name, content[name])
         self.logged = self.number
         say(f"{path}: going on after step {self.number}")
+        if content["args"]["code"] != self.args.code:
+            say(f"WARN {self.args.method}.py is not what it was when that run began")
 
 
 def _finite(model, optimizer):

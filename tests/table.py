@@ -87,7 +87,7 @@ def demo():
 
 def losses():
     """What the four logs say at some steps, and the run that collapses."""
-    steps, rows = (10, 50, 100, 200, 400), []
+    steps, rows = (10, 20, 50, 100, 200, 400), []
     stems = {name: f"{method}-rho2-seed0" for method, name in METHODS.items()}
     for name, stem in {**stems, "BYOL without predictor": "class-nopredictor"}.items():
         at = {line["step"]: line for line in log(stem)}
@@ -113,6 +113,18 @@ def classroom():
     return markdown(["", *heads[1:]] if heads[0] == "" else ["", "run", *heads[1:]], rows)
 
 
+def halves():
+    """The two halves of the label apart: a classifier of coats and one of tricks."""
+    rows = []
+    for stem, name in (
+        ("random", "random weights"),
+        *[(f"simclr-rho{r}", f"rho {r}") for r in RHOS],
+    ):
+        found = [read(f"half-{stem}-{half}")["linear_top1"] for half in ("coat", "trick")]
+        rows.append([f"SimCLR, {name}" if "rho" in stem else name, *found])
+    return markdown(["linear, of 4 classes", "coat", "trick"], rows)
+
+
 def finetuned():
     """All layers trained, and the read-outs of frozen ones, from several starts."""
     rows = []
@@ -135,7 +147,7 @@ def decoding():
     return markdown(heads, rows)
 
 
-TABLES = demo, losses, classroom, finetuned, decoding
+TABLES = demo, halves, losses, classroom, finetuned, decoding
 
 if __name__ == "__main__":
     print("\n\n".join(table() for table in TABLES))

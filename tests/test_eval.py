@@ -1,5 +1,6 @@
 """Frozen features: backbones and weights from elsewhere, kNN, the linear probe, what it reports."""
 
+import importlib
 import json
 import math
 import os
@@ -798,3 +799,37 @@ def test_unlabelled_data_train_without_knn(method, folder, tmp_path, capfd):
     flags = ["--data", str(tmp_path / "list.txt"), "--out", str(tmp_path / "out"), *SMALL]
     __import__(method).main([*flags, "--max-steps", "2", "--knn-every", "1"])
     assert "WARN no labels" in capfd.readouterr().out and not curve(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "weights, data, expected",
+    [
+        ("runs/byol-demo-rho2/backbone.pth", "", "out/eval_linear-byol-demo-rho2"),
+        ("dl/moco.pyth", "sets/tennis", "out/eval_linear-tennis-moco"),
+        ("random", "sets/tennis.txt", "out/eval_linear-tennis-random"),
+    ],
+)
+def test_default_folders_do_not_collide(weights, data, expected, tmp_path, monkeypatch):
+    """The name has the data and the weights: the run's folder of ours, the file of another's."""
+    monkeypatch.chdir(tmp_path)
+    if weights != "random":
+        Path(weights).parent.mkdir(parents=True)
+        torch.save({"state_dict": {}}, weights)
+    flags = ["--weights", weights, *(["--data", data] if data else [])]
+    args = common._parse(eval_linear.Recipe, flags)
+    args.method = "eval_linear"
+    common._as_trained(args)
+    assert args.out == expected
+
+
+@pytest.mark.parametrize("script", ["eval_linear", "finetune"])
+def test_one_class_is_refused(script, folder, tmp_path, capfd):
+    """A classifier of one class would be right and say nothing: one line, exit code 2."""
+    videos = sorted(folder.rglob("*.mp4"))
+    (tmp_path / "one.txt").write_text("".join(f"{path}\tsame\n" for path in videos))
+    flags = ["--data", str(tmp_path / "one.txt"), "--val", str(tmp_path / "one.txt"), "--small"]
+    flags += ["--out", str(tmp_path / "out"), "--batch-size", "4"]
+    flags += ["--weights", "random"] if script == "eval_linear" else []
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(script).main(flags)
+    assert stop.value.code == 2 and "one class, same" in capfd.readouterr().err

@@ -143,7 +143,7 @@ def test_small_pieces(name):
     for node in ast.walk(ast.parse(SOURCE[name])):
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 40, node.name
-    assert SOURCE[name].count("\n") <= {"common": 1425, "eval_linear": 230, "finetune": 550}.get(
+    assert SOURCE[name].count("\n") <= {"common": 1440, "eval_linear": 230, "finetune": 550}.get(
         name, 170
     )
 

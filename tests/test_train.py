@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 
 import byol
 import common
-from conftest import METHODS, run_ranks
+from conftest import METHODS, ROOT, run_ranks
 from videos import make_video
 
 TIMING = {"videos_per_second", "data_wait"}
@@ -259,6 +260,13 @@ def test_bad_videos_are_named_counted_and_replaced(bad_folder, small, tmp_path, 
     assert log_of(tmp_path / "out")[-1]["bad_videos"] == len(BAD)
     run("byol", [*argv, "--out", str(tmp_path / "again"), "--workers", "2"])
     assert_same_run(tmp_path / "out", tmp_path / "again")
+
+
+def test_two_ranks_count_the_bad_videos_of_both(bad_folder, small, tmp_path):
+    """At the end of an epoch the log counts what any rank has met."""
+    argv = [*small, "--epochs", "4", "--data", str(bad_folder), "--log-every", "100"]
+    run_ranks(2, byol.main, argv)
+    assert log_of(tmp_path / "out")[-1]["bad_videos"] == len(BAD)
 
 
 def test_all_bad_is_an_error(bad_folder, small, capfd):
@@ -576,3 +584,53 @@ def test_warnings(line, words, capsys):
 
     assert len(said(rho=2)) == bool(words) and all(words in text for text in said(rho=2))
     assert bool(said()) == ("waiting" in words)
+
+
+def test_a_changed_script_is_said(small, tmp_path, monkeypatch, capfd):
+    """Of a run that goes on with another text of its script a warning says so."""
+    for number in (1, 2):
+        (tmp_path / "mine.py").write_text((ROOT / "byol.py").read_text() + "\n" * number)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "mine", raising=False)
+        importlib.invalidate_caches()
+        importlib.import_module("mine").main([*small, "--max-steps", str(number)])
+        assert ("mine.py is not what it was" in capfd.readouterr().out) == (number == 2)
+
+
+def test_a_loss_that_is_no_number_is_null(small, tmp_path, monkeypatch):
+    """A line whose steps were all put back is JSON that anything can read, and no loss of 0."""
+    right, calls = byol.regression_loss, []
+
+    def wrong_at_first(q, k):
+        calls.append(1)
+        return right(q, k) * (math.nan if len(calls) <= 2 else 1)
+
+    monkeypatch.setattr(byol, "regression_loss", wrong_at_first)
+    run("byol", small)
+    assert "NaN" not in (tmp_path / "out" / "log.jsonl").read_text()
+    first, second = log_of(tmp_path / "out")
+    assert first["loss"] is None and first["skipped_steps"] == 2 and second["loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "script, flags, expected",
+    [
+        ("byol", "--data x", 35),
+        ("byol", "--data x --epochs 100", 17.5),
+        ("byol", "--epochs 80", 6),
+        ("byol", "--epochs 80 --warmup-epochs 1", 1),
+        ("eval_linear", "--weights x --epochs 30", 4),
+        ("finetune", "--epochs 20", 1.5),
+    ],
+)
+def test_warm_up_in_proportion(script, flags, expected):
+    """Warm-up that is not given is the same share of any number of epochs."""
+    args = common._parse(importlib.import_module(script).Recipe, flags.split())
+    assert args.warmup_epochs == pytest.approx(expected)
+
+
+def test_the_last_line_evaluates_the_same_data(small, folder, capfd):
+    """Of one's own data the command that is printed says so."""
+    run("byol", small)
+    last = capfd.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("evaluate: python eval_linear.py") and f"--data {folder}" in last
