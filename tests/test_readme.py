@@ -160,8 +160,12 @@ def test_what_the_readme_says_of_rho(method):
 
 
 def test_paths_exist():
-    """Every file of the repository that is named is there."""
-    names = set(re.findall(r"`((?:tests/)?\w+\.(?:py|txt))`", README)) - {"mine.py"}
+    """Every file that is named is there, but for those that a reader is told to make."""
+    names = set(re.findall(r"`((?:tests/)?\w+\.(?:py|txt))`", README)) - {
+        "nopredictor.py",
+        "nostopgrad.py",
+        "simsiam.py",
+    }
     assert names and all((ROOT / name).exists() for name in names)
 
 
