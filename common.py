@@ -1209,8 +1209,7 @@ class _Run:
         self.lr = learning_rate(self.args, self.epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        if self.before:  # a network may have no BN
-            torch._foreach_copy_(self.before, self.statistics)
+        _copy(self.before, self.statistics)
         rng = np.random.default_rng((self.args.seed, self.number, rank()))
         torch.manual_seed(int(rng.integers(2**62)))  # of dropout
 
@@ -1237,8 +1236,7 @@ class _Run:
         self.stop = stop > 0  # on all ranks after the same step
         self.features, self.more = features.detach(), more
         if unfit:
-            for now, before in zip(self.statistics, self.before, strict=True):
-                now.copy_(before)
+            _copy(self.statistics, self.before)
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             names = ", ".join(self.videos[int(i)] for i in self.numbers[:3])
             say(f"WARN step {self.number + 1} is not finite, all is put back; it had {names} ...")
@@ -1382,6 +1380,11 @@ class _Run:
         say(f"{path}: going on after step {self.number}")
         if content["args"]["code"] != self.args.code:
             say(f"WARN {self.args.method}.py is not what it was when that run began")
+
+
+def _copy(tensors, sources):
+    if tensors:  # a network may have no BN
+        torch._foreach_copy_(tensors, sources)
 
 
 def _finite(model, optimizer):

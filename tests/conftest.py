@@ -1,5 +1,6 @@
 """What the tests share: a data set of little videos, and a way to run code in several processes."""
 
+import json
 import multiprocessing
 import os
 import socket
@@ -51,6 +52,22 @@ def arguments(recipe, **changes):
     """The demo's arguments of a script, without a command line."""
     lines = {k: v[1] for k, v in vars(recipe).items() if not k.startswith("_")}
     return Namespace(**{**lines, "views": 2, "low_memory": False, "compile": False, **changes})
+
+
+def result_of(argv):
+    """The result.json of an evaluation with these arguments."""
+    return json.loads(Path(argv[argv.index("--out") + 1], "result.json").read_text())
+
+
+def refused(script, argv, capfd):
+    """The one line with which a script refuses its arguments."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        script.main(argv)
+    errors = capfd.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(errors) == 1, (argv[-2:], errors)
+    assert " error: " in errors[0]
+    return errors[0]
 
 
 def run_ranks(n, function, *args, timeout=120):

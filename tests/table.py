@@ -33,14 +33,12 @@ CLASSROOM = """1 | BYOL | byol-rho2-seed0
 7 | no balance | class-sinkhorn0
 8 | BYOL | byol-rho2-seed0
 8 | SimSiam | class-simsiam"""
-STARTS = """random weights | finetune-scratch | F-scratch | T-random-rho0 | T-random-rho0
-SimCLR, rho 1 | - | - | T-simclr-rho1 | T-simclr-rho1
-SimCLR, rho 2 | finetune-simclr-rho2 | F-simclr | T-simclr-rho2 | T-simclr-rho2
-MoCo, rho 2 | finetune-moco-rho2 | - | T-moco-rho2 | T-moco-rho2
-BYOL, rho 2 | finetune-byol-rho2 | F-byol | T-byol-rho2 | T-byol-rho2
-SwAV, rho 2 | finetune-swav-rho2 | - | T-swav-rho2 | T-swav-rho2""".replace(
-    "T-", "tennis7-"
-).replace("F-", "tennis7-finetune-")
+STARTS = """random weights | finetune-scratch | tennis7-finetune-scratch | tennis7-random-rho0
+SimCLR, rho 1 | - | - | tennis7-simclr-rho1
+SimCLR, rho 2 | finetune-simclr-rho2 | tennis7-finetune-simclr | tennis7-simclr-rho2
+MoCo, rho 2 | finetune-moco-rho2 | - | tennis7-moco-rho2
+BYOL, rho 2 | finetune-byol-rho2 | tennis7-finetune-byol | tennis7-byol-rho2
+SwAV, rho 2 | finetune-swav-rho2 | - | tennis7-swav-rho2"""
 
 
 def read(stem):
@@ -92,8 +90,7 @@ def losses():
     for name, stem in {**stems, "BYOL without predictor": "class-nopredictor"}.items():
         at = {line["step"]: line for line in log(stem)}
         near = [at[100 * i]["knn_top1"] for i in (1, 2, 3, 4)]
-        rows.append([name, *[f"{line:.2f}" for line in [at[10]["chance"]]]])
-        rows[-1] += [f"{at[step]['loss']:.3f}" for step in steps]
+        rows.append([name, f"{at[10]['chance']:.2f}", *[f"{at[s]['loss']:.3f}" for s in steps]])
         rows[-1] += [", ".join(f"{at[s]['feature_std']:.2f}" for s in (10, 100, 400))]
         rows[-1] += [", ".join(f"{percent:.1f}" for percent in near)]
     heads = ["", "chance", *[f"loss, step {step}" for step in steps]]
@@ -109,19 +106,16 @@ def classroom():
         numbers = last["loss"], last["chance"], last["feature_std"]
         rows.append([number, what, *[f"{value:.3f}" for value in numbers]])
         rows[-1] += [result["knn_top1"], result["linear_top1"]]
-    heads = "| run | last loss | chance | feature_std | kNN | linear".split(" | ")
-    return markdown(["", *heads[1:]] if heads[0] == "" else ["", "run", *heads[1:]], rows)
+    return markdown(["", "run", "last loss", "chance", "feature_std", "kNN", "linear"], rows)
 
 
 def halves():
     """The two halves of the label apart: a classifier of coats and one of tricks."""
     rows = []
-    for stem, name in (
-        ("random", "random weights"),
-        *[(f"simclr-rho{r}", f"rho {r}") for r in RHOS],
-    ):
+    names = {"random": "random weights", **{f"simclr-rho{r}": f"SimCLR, rho {r}" for r in RHOS}}
+    for stem, name in names.items():
         found = [read(f"half-{stem}-{half}")["linear_top1"] for half in ("coat", "trick")]
-        rows.append([f"SimCLR, {name}" if "rho" in stem else name, *found])
+        rows.append([name, *found])
     return markdown(["linear, of 4 classes", "coat", "trick"], rows)
 
 
@@ -129,10 +123,9 @@ def finetuned():
     """All layers trained, and the read-outs of frozen ones, from several starts."""
     rows = []
     for line in STARTS.splitlines():
-        name, *stems = line.split(" | ")
-        keys = ("top1", "top1", "linear_top1", "knn_top1")
-        found = [seeds(f"{stem}-seed?", key) for stem, key in zip(stems, keys, strict=True)]
-        rows.append([name, *map(mean, found)])
+        name, demo, tennis, frozen = line.split(" | ")
+        numbers = (demo, "top1"), (tennis, "top1"), (frozen, "linear_top1"), (frozen, "knn_top1")
+        rows.append([name, *[mean(seeds(f"{stem}-seed?", key)) for stem, key in numbers]])
     heads = "start | demo, fine-tuned | tennis7, fine-tuned | tennis7, linear | tennis7, kNN"
     return markdown(heads.split(" | "), rows)
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +20,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import byol
 import common
+import conftest
 import eval_linear
 import moco
 import simclr
 import swav
-from conftest import METHODS, ROOT, SMALL, arguments, run_ranks
+from conftest import METHODS, ROOT, SMALL, arguments, result_of, run_ranks
 from videos import make_video, read_counter
 
 # --- backbones and weights
@@ -344,17 +346,7 @@ def probe(argv):
     return result_of(argv)
 
 
-def result_of(argv):
-    return json.loads(Path(argv[argv.index("--out") + 1], "result.json").read_text())
-
-
-def refused(argv, capfd):
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        eval_linear.main(argv)
-    errors = capfd.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(errors) == 1, errors
-    return errors[0]
+refused = partial(conftest.refused, eval_linear)
 
 
 def test_cached_probe_end_to_end(argv, weights, data, tmp_path, capfd):

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score
 
 import common
+import conftest
 import eval_linear
 import finetune
-from conftest import run_ranks
+from conftest import result_of, run_ranks
 from videos import make_video, read_counters
 
 TINY = """--backbone tiny --frames 4 --stride 4 --size 16 --batch-size 4 --epochs 6 --workers 0
@@ -28,17 +29,7 @@ def argv(ucf101, tmp_path):
     return ["--dataset", "ucf101", "--data", str(ucf101), "--out", str(tmp_path / "out"), *TINY]
 
 
-def result_of(argv):
-    return json.loads(Path(argv[argv.index("--out") + 1], "result.json").read_text())
-
-
-def refused(argv, capfd):
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        finetune.main(argv)
-    errors = capfd.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(errors) == 1, errors
-    return errors[0]
+refused = partial(conftest.refused, finetune)
 
 
 def test_ucf101_lists(ucf101):
@@ -282,7 +273,10 @@ def test_charades_on_two_ranks_is_charades_on_one(argv, charades, tmp_path):
 
 def test_settings_of_a_data_set_and_flags_that_win():
     """A data set brings the study's numbers, a flag wins wherever it stands; --small wins."""
-    parse = lambda words: common._parse(finetune.Recipe, finetune.with_settings(words.split()))  # noqa: E731
+
+    def parse(words):
+        return common._parse(finetune.Recipe, finetune.with_settings(words.split()))
+
     args = parse("--lr 3 --dataset ssv2 --data x")
     assert (args.lr, args.epochs, args.lr_steps, args.augment) == (3, 22, (14, 18), "crop")
     assert (args.test_clips, args.test_crops) == (1, 1)

@@ -21,7 +21,7 @@ import finetune
 import moco
 import simclr
 import swav
-from conftest import SMALL, run_ranks
+from conftest import SMALL, refused, run_ranks
 from test_train import assert_same_run, log_of
 from videos import make_video
 
@@ -55,17 +55,6 @@ def argv(folder, tmp_path):
         return [*flags, "--val", str(folder)]
 
     return make
-
-
-def refused(script, argv, capfd):
-    """The one line with which a script refuses its arguments."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        script.main(argv)
-    errors = capfd.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(errors) == 1, (argv[-2:], errors)
-    assert " error: " in errors[0]
-    return errors[0]
 
 
 def wrong_values(name, paper):
@@ -187,7 +176,8 @@ def test_output_folder_that_becomes_read_only(argv, open_place, tmp_path, capfd)
 def test_lists_as_people_write_them(tmp_path, small, capfd):
     """Blanks, quotes, umlauts, bytes that are no UTF-8, and a line twice: the path is the line less
     the white space around it, and nothing else; a video that is listed twice counts twice."""
-    names = ["a b.mp4", '"c".mp4', "'d'.mp4", "ü日本.mp4", os.fsdecode(b"\xe9t\xe9.mp4"), "e,f.mp4"]
+    names = ["a b.mp4", '"c".mp4', "'d'.mp4", "ü日本.mp4", "e,f.mp4"]
+    names.insert(4, os.fsdecode(b"\xe9t\xe9.mp4"))
     for name in names:
         make_video(tmp_path / name, n=10, size=(48, 36))
     lines = [b"  " + os.fsencode(name) + b" \t one class " for name in names]

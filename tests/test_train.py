@@ -19,6 +19,7 @@ import torch
 
 import byol
 import common
+import conftest
 from conftest import METHODS, ROOT, run_ranks
 from videos import make_video
 
@@ -30,13 +31,7 @@ def run(method, argv):
 
 
 def refused(argv, capfd, method="byol"):
-    """The one line with which a script refuses its arguments."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(method, argv)
-    errors = capfd.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(errors) == 1, errors
-    return errors[0]
+    return conftest.refused(importlib.import_module(method), argv, capfd)
 
 
 def log_of(out):
