@@ -4,8 +4,9 @@ decode   CPU time of a clip by our reader, at rho 1, 2, 4, beside the least that
          colour conversion need for those frames, and beside torchcodec and decord where they are.
 memory   growth of a process over thousands of decodes; start-up on a list of a million lines.
 augment  the default augmentation of a clip beside its decoding, or beside a step on a GPU.
-step     one training step: our memory format and precision beside the ordinary; on a GPU clips a
-         second, share of the measured peak, and peak memory by rho, with and without --low-memory.
+step     one training step: ours beside contiguous tensors (fp16 on a GPU) and beside --compile; on
+         a GPU clips a second and share of the measured peak, of a batch that fills it, and peak
+         memory by rho, with and without --low-memory.
 
 Ratios of one run on one machine can be compared, absolute numbers only with their hardware.
 """
@@ -253,8 +254,8 @@ def augment(quick, folder):
 # --- step
 
 
-def stepper(name, batch, rho, low_memory=False, size=224, plain=False):
-    """A function that does one training step of a method, and the model.
+def stepper(name, batch, rho, low_memory=False, size=224, plain=False, compiled=False):
+    """A function that does one training step of a method.
 
     plain: contiguous tensors, on a GPU fp16 autocast, instead of channels_last_3d and bf16.
     """
@@ -263,6 +264,9 @@ def stepper(name, batch, rho, low_memory=False, size=224, plain=False):
     model, device = CLASSES[name](args).to(common.device()), common.device()
     if not plain:
         model.to(memory_format=torch.channels_last_3d)
+    for module in model.modules():
+        if compiled and isinstance(module, common._Backbone):
+            module.compile()
     optimizer = common.make_optimizer(model, args)
     clips = torch.randn(batch, args.views, 3, 8, size, size, device=device)
     half = torch.float16 if plain else torch.bfloat16
@@ -286,7 +290,20 @@ def stepper(name, batch, rho, low_memory=False, size=224, plain=False):
         if name in ("moco", "byol"):
             METHODS[name].update_target(model.target, model.encoder, 0.99)
 
-    return step, model
+    return step
+
+
+def filling(name, rho):
+    """The step of the largest batch, of 2^n clips, that fits the GPU, and its number of videos."""
+    for clips in (512, 256, 128, 64, 32, 16):
+        try:
+            once = stepper(name, clips // rho, rho)
+            once()  # the optimizer's state comes with the first step
+            once()
+            return once, clips // rho
+        except torch.OutOfMemoryError:
+            once = None
+            torch.cuda.empty_cache()
 
 
 def contiguous_views(network, clips, low_memory=False):
@@ -303,9 +320,14 @@ def step(quick, folder):
     say("step", gpu=torch.cuda.get_device_name(), torch=torch.__version__, peak_tflops=peak / 1e12)
     for name in METHODS:
         for rho in (2, 4):
-            batch = 8 if quick else 64 // rho
-            once, _ = stepper(name, batch, rho)
+            once, batch = filling(name, rho)
             took = seconds_of(once, 5 if quick else 15)
+            del once
+            torch.cuda.empty_cache()
+            once = stepper(name, batch, rho, compiled=True)
+            compiled = seconds_of(once, 5 if quick else 15)
+            del once
+            torch.cuda.empty_cache()
             passes = 4 if name in ("moco", "byol") else 3  # forward, backward twice; the target's
             flop = passes * FLOP * batch * rho
             say(
@@ -315,16 +337,15 @@ def step(quick, folder):
                 videos=batch,
                 clips_a_second=batch * rho / took,
                 share_of_peak=flop / took / peak,
+                compiled_speed_up=took / compiled,
             )
-            del once
-            torch.cuda.empty_cache()
     ordinary(quick)
     for name in METHODS:
         for rho in (1, 2, 4, 8):
             for low_memory in (False, True):
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
-                once, _ = stepper(name, 8, rho, low_memory)
+                once = stepper(name, 8, rho, low_memory)
                 once()
                 once()
                 gigabytes = torch.cuda.max_memory_allocated() / 2**30
@@ -346,20 +367,23 @@ def step_on_cpu(quick):
 
 
 def ordinary(quick, size=224, batch=32):
-    """SimCLR's step as it is, beside contiguous tensors (on a GPU in fp16): times taken in turn."""
-    ours, _ = stepper("simclr", batch, 2, size=size)
-    theirs, _ = stepper("simclr", batch, 2, size=size, plain=True)
-    per_view, rounds = common.per_view, 3 if quick else 7
-    times = {"ours_s": [], "ordinary_s": []}
-    for _ in range(rounds):
-        common.per_view = per_view
-        times["ours_s"].append(seconds_of(ours, 1))
-        common.per_view = contiguous_views
-        times["ordinary_s"].append(seconds_of(theirs, 1))
+    """SimCLR's step as it is, beside contiguous tensors (on a GPU in fp16) and --compile: times
+    taken in turn."""
+    steppers = {
+        "ours_s": stepper("simclr", batch, 2, size=size),
+        "ordinary_s": stepper("simclr", batch, 2, size=size, plain=True),
+    }
+    if not quick:
+        steppers["compiled_s"] = stepper("simclr", batch, 2, size=size, compiled=True)
+    per_view, times = common.per_view, {name: [] for name in steppers}
+    for _ in range(3 if quick else 9):
+        for name, once in steppers.items():
+            common.per_view = contiguous_views if name == "ordinary_s" else per_view
+            times[name].append(seconds_of(once, 1))
     common.per_view = per_view
     medians = {name: float(np.median(values)) for name, values in times.items()}
-    speed_up = medians["ordinary_s"] / medians["ours_s"]
-    say("step", device=common.device().type, size=size, videos=batch, **medians, speed_up=speed_up)
+    ratios = {f"{name}_to_ours": medians[name] / medians["ours_s"] for name in steppers}
+    say("step", device=common.device().type, size=size, videos=batch, **medians, **ratios)
 
 
 def main():
