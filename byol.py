@@ -9,7 +9,7 @@ Loss     2 - 2 cos(q_i, k_j), mean over videos and ordered pairs of views i != j
          k = projection by the target network.
 rho      Clips decoded and encoded by both networks; rho (rho - 1) pairs. rho = 1: one clip,
          augmented twice. The step is V times the mean: a sum over the query clips.
-Differs  From the paper: crop before colour. From the released code: frames 8 apart, not 9; SyncBN
+Differs  From the released code: crop before colour; frames 8 apart, not 9; bfloat16 on GPUs; SyncBN
          over all ranks, not the 8 of a machine; the target moves after the step, not before the
          next; the loss has no temperature (0.5 there: the same factor 2). The demo, to learn in
          400 steps: AdamW, a faster target network, no colour jitter and blur.

@@ -1,7 +1,5 @@
-"""What the scripts share, in the order in which a run uses it.
-
-options, distributed, video, demo videos, augmentation, backbones, weights, optimizer, evaluation,
-loop
+"""What the scripts share: options, distributed, video, demo videos, augmentation, backbones,
+weights, optimizer, evaluation, loop.
 
 Letters in shapes: B videos on this rank, W ranks, rho clips of a video, V = max(2, rho) views,
 T frames, H x W pixels, D feature width. Clips are (B, V, 3, T, H, W), features (B, V, D): the view
@@ -19,14 +17,15 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections import OrderedDict
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -41,22 +40,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import v2
-from torchvision.tv_tensors import BoundingBoxes
 from tqdm import tqdm
 
 # --- options
 
 
-class _Flags:  # name = paper, demo  # meaning, as in a recipe; only the seed moves a result
+class _Flags:  # name = paper, demo  # meaning, as in a recipe
     data = "", ""  # folder of videos, or text list of path or path<TAB>label lines; none: the demo
     out = "", ""  # folder of what is written; none: out/<script>-<data or weights>-...
     small = False, False  # the demo's settings on your own --data
     seed = 0, 0  # of weights, order of the videos, clips, augmentation; 0 = the usual one
     max_steps = 0, 0  # stop after this many steps in all, the schedule unchanged; 0 = never
     log_every = 10, 10  # steps from one line of the log to the next
-    workers = -1, -1  # decoding processes of a rank, 0 = none, -1 = its cores (half on a CPU)
+    workers = -1, -1  # decoding processes of a rank, 0 = none, -1 = its cores, half on a CPU, to 16
     low_memory = False, False  # re-compute activations in backward: memory of one clip at any rho
-    compile = False, False  # torch.compile the networks
+    compile = False, False  # compile the backbones with torch.compile
     show_views = "", ""  # PNG file: write what the model will see, a row for each view, and stop
     check_data = False, False  # open every video once, name the bad, list the others, and stop
 
@@ -64,34 +62,35 @@ class _Flags:  # name = paper, demo  # meaning, as in a recipe; only the seed mo
 def start(recipe, argv=None, rows=None):
     """Read the options, find or make the data, join the other processes, and say all that.
 
-    recipe: a class of lines `name = paper value, demo value  # meaning`. Each is a flag, its
-    comment the help, which also says what is refused: a number must be above 0 unless "0 = " or
-    "-1 = " is in it, at most 1 if ", 1 = " is, and text with ", needed" must be given. rows: a
-    function of the arguments that lists (path, label) of the videos, or None for those of --data.
-    Returns the arguments (with `method`, `views`, `data_hash`) and the Videos.
+    recipe: a class of lines `name = paper value, demo value  # meaning`: a flag and its help, which
+    also says what is refused: a number must be above 0 unless "0 = " or "-1 = " is in it, at most 1
+    if ", 1 = " is; text with ", needed" must be given. rows(args): (path, label) of the videos, or
+    None for those of --data. Returns the arguments (with `method`, `views`) and the Videos.
     """
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # nothing to save before the first step
     args, pretraining = _parse(recipe, argv), hasattr(recipe, "rho")
     source = Path(inspect.getfile(recipe))
     args.method, args.views, args.code = source.stem, 1, _digest(source.read_bytes())
+    args.data = args.data and os.path.normpath(args.data)
     if pretraining:
-        args.views, name = max(2, args.rho), Path(args.data).resolve().stem if args.data else "demo"
+        args.views, name = (
+            max(2, args.rho),
+            Path(args.data).absolute().stem if args.data else "demo",
+        )
         args.out = args.out or f"out/{args.method}-{name}-rho{args.rho}"
     else:
         _as_trained(args)
+    _check(args)
     listed = rows and rows(args)
     root = Path(args.data or demo_videos("data/demo"))
-    parted = not args.data or (not pretraining and (root / "train").is_dir())
+    halves = [os.path.isdir(root / part) for part in ("train", "val")]
+    parted = not args.data or (all(halves) if pretraining else halves[0])
     videos = Videos(listed or (root / "train" if parted else root))
     args.data_hash = videos.hash
-    if not pretraining:
-        args.val = args.val or os.path.join(root if parted else root.parent, "val")
+    if not pretraining and not listed:
+        args.val = args.val or os.path.join(root if parted else root.absolute().parent, "val")
     _take_part(args)
-    if args.show_views:  # which has room for four
-        args.batch_size = min(args.batch_size, len(videos), 4 * world_size())
-    _check(args, len(videos))
-    if not args.show_views:
-        _make_folder(args.out)
+    _prepare(args, len(videos))
     if args.check_data:
         _check_data(args, videos)
     where = torch.cuda.get_device_name() if device().type == "cuda" else "CPU"
@@ -120,13 +119,20 @@ def _take_part(args):
         atexit.register(dist.destroy_process_group)
 
 
-def _make_folder(path):
+def _prepare(args, n):
+    """Fit the batch to n videos, and make the output folder."""
+    if args.show_views:  # which has room for four
+        args.batch_size = min(4, max(1, min(args.batch_size, n) // world_size())) * world_size()
+    loose = any(getattr(args, name, "") for name in ("cached", "extract", "check_data"))
+    if args.batch_size > n and not loose:
+        fail(f"--batch-size {args.batch_size}: there are only {n} videos")
+    if rank() > 0 or args.show_views:
+        return
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()  # or it cannot be written to
     except OSError as error:
-        fail(f"--out {path}: {error.strerror}")
-    if not os.access(path, os.W_OK):
-        fail(f"--out {path}: cannot write there")
+        fail(f"--out {args.out}: {error.strerror}")
 
 
 def _digest(data):
@@ -160,7 +166,7 @@ def _as_trained(args):
     path, name = Path(args.weights).resolve(), args.weights or "scratch"
     if args.weights_hash:  # a run's folder is its name
         name = path.parent.name if path.name in ("backbone.pth", "last.pth") else path.stem
-    parts = [args.method, *([Path(args.data).resolve().stem] if args.data else []), name]
+    parts = [args.method, *([Path(args.data).absolute().stem] if args.data else []), name]
     if getattr(args, "dataset", "folder") != "folder":
         parts[1] = args.dataset if args.split == 1 else f"{args.dataset}-split{args.split}"
     args.out = args.out or f"out/{'-'.join(parts)}"
@@ -208,12 +214,15 @@ def _parse(recipe, argv):
     return args
 
 
-def _check(args, n):
-    """Refuse settings that cannot work before anything long starts; n: number of videos."""
+def _check(args):
+    """Refuse settings that cannot work before anything long starts."""
+    if "WORLD_SIZE" in os.environ and not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= set(os.environ):
+        fail("WORLD_SIZE is set, but not by torchrun: start with torchrun, or unset it")
     ranks, batch = world_size(), args.batch_size
     near = max(2, round(batch / ranks)) * ranks
     side, area = args.short_side, getattr(args, "crop_area", (1, 1))
-    loose = any(getattr(args, name, "") for name in ("cached", "extract", "check_data"))
+    shown = os.path.dirname(args.show_views) or "."
+    s3d = args.backbone.startswith("s3d") and (args.frames < 5 or args.size < 17)
     for wrong, words in [
         (args.backbone not in _BACKBONES, f"backbone {args.backbone}: one of {[*_BACKBONES]}"),
         (args.optimizer not in _OPTIMIZERS, f"optimizer {args.optimizer}: one of {[*_OPTIMIZERS]}"),
@@ -224,7 +233,8 @@ def _check(args, n):
         (len(area) != 2 or area[0] > area[1] or area[1] > 1, f"crop-area {area}: two shares"),
         (batch % ranks, f"batch-size {batch} does not divide by {ranks} processes; try {near}"),
         (batch < 2 * ranks, f"batch-size {batch}: each of {ranks} processes needs 2 videos for BN"),
-        (batch > n and not loose, f"batch-size {batch}: there are only {n} videos"),
+        (s3d, f"backbone {args.backbone} needs 5 or more --frames and a --size of 17 or more"),
+        (not os.path.isdir(shown), f"show-views {args.show_views}: no such folder"),
         (args.workers > 64, f"workers {args.workers}: at most 64"),
     ]:
         if wrong:
@@ -243,8 +253,9 @@ def fail(message, code=2):
 def say(message):
     """Print on rank 0, above the progress bar."""
     if rank() == 0:
-        tqdm.write(message)
-        sys.stdout.flush()
+        with contextlib.suppress(BrokenPipeError):  # nobody reads on; what runs goes on
+            tqdm.write(message.encode(errors="backslashreplace").decode())  # a file has any name
+            sys.stdout.flush()
 
 
 # --- distributed
@@ -252,7 +263,7 @@ def say(message):
 
 def rank():
     """This process's number among all; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
 
 
 def world_size():
@@ -284,21 +295,20 @@ def gather(x):
 
 def distribute(model, args):
     """Move a model with an `encoder.backbone` to this process's device, before its optimizer is
-    made; print its size; return what to call for the forward pass (DDP).
-
-    BN is over all ranks if args.batch_norm is "sync", on CUDA (there is no SyncBN on a CPU).
-    """
+    made; print its size; return what to call for the forward pass (DDP). BN is over all ranks if
+    args.batch_norm is "sync", on CUDA (there is no SyncBN on a CPU)."""
     model.to(device(), memory_format=torch.channels_last_3d)
     for p in model.parameters():
         if p.ndim == 5 and p.shape[2:].numel() == 1:  # both layouts at once: DDP wants this one
             p.data = p.data.clone(memory_format=torch.contiguous_format)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     own = sum(p.numel() for p in model.encoder.backbone.parameters())
-    say(f"model: {args.backbone}, {own:,} parameters; with its heads {trained:,} are trained")
+    say(f"model: {args.backbone}, {own:,} parameters; trained, heads included: {trained:,}")
     if world_size() > 1 and args.batch_norm == "sync" and device().type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    if args.compile:
-        model.compile()
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
+    for module in model.modules():  # not the whole, with its gathering and re-computing
+        if args.compile and isinstance(module, _Backbone):
+            module.compile()
     if world_size() == 1:
         return model
     parallel = nn.parallel.DistributedDataParallel
@@ -319,12 +329,9 @@ class Videos:
 
     Nothing is opened. The paths are one array of bytes: a million Python strings would be copied
     into each worker, page by page, as their reference counts change. labels: (n,), -1 for none,
-    counted along classes, their sorted names unless given; hash: of paths and labels. moments,
-    boxes: where a moment of each video matters, seconds (n,), and what is there, (n, M, 4): x1 y1
-    x2 y2 as shares of width and height.
+    counted along classes, their sorted names unless given; hash: of paths and labels. moments:
+    seconds that matter, (n,); boxes: what is there, (n, M, 4), x1 y1 x2 y2 as shares of the sides.
     """
-
-    moments = boxes = None
 
     def __init__(self, source, classes=None, flag="--data"):
         rows, self.root = source, ""
@@ -342,7 +349,8 @@ class Videos:
             fail(f"{flag} has a class that the training videos lack: {min(unknown)}")
         number = {label: i for i, label in enumerate(["", *self.classes], start=-1)}
         self.labels = np.array([number[label] for _, label in rows])
-        self.hash = _digest(self._bytes.tobytes() + self.labels.tobytes())
+        self.hash = _digest(self._bytes.tobytes() + self._ends.tobytes() + self.labels.tobytes())
+        self.moments, self.boxes = None, np.zeros((len(rows), 0, 4), np.float32)
         self.reading = torch.full((64,), -1).share_memory_()  # by each worker: number of the video
 
     def __len__(self):
@@ -350,18 +358,22 @@ class Videos:
 
     def __getitem__(self, i):
         begin = self._ends[i - 1] if i else 0
-        name = os.fsdecode(self._bytes[begin : self._ends[i]].tobytes())  # IndexError at the end
+        name = os.fsdecode(self._bytes[begin : self._ends[i]].tobytes())  # IndexError ends a loop
+        if worker := torch.utils.data.get_worker_info():
+            self.reading[worker.id] = i
         return os.path.join(self.root, name)
 
 
 def _rows(source, flag):
     """(path relative to the folder or the list, label) of each video; # starts a comment line."""
-    if source.is_dir():
+    if os.path.isdir(source):
         found = glob.iglob("**/*", root_dir=source, recursive=True)
         names = sorted(name for name in found if Path(name).suffix.lower() in _SUFFIXES)
         yield from ((name, os.path.dirname(name)) for name in names)
-    elif not source.is_file() or source.suffix.lower() in _SUFFIXES:
+    elif not os.path.isfile(source) or source.suffix.lower() in _SUFFIXES:
         fail(f"{flag} {source}: no such folder of videos or text list of their paths")
+    elif not os.access(source, os.R_OK):
+        fail(f"{flag} {source}: no permission to read it")
     else:
         for line in source.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n"):
             if line.startswith("label,youtube_id"):
@@ -380,11 +392,10 @@ def _open(path):
 def read_clips(path, starts, frames, stride, size=None):
     """Decode clips of one video, in the order of `starts`, with one open and one thread.
 
-    starts: seconds from the first frame, (clips,), or those of all frames, (clips, T), or a
-    function that makes them from the duration.
-    Frame i of a clip is the one on display at start + i * stride / 30 seconds: the last whose time
-    stamp is at most 1 ms later; past the end the last frame repeats. size: the short side in
-    pixels. Returns (clips, T, H, W, 3) uint8 RGB. Raises ValueError if the file cannot be read.
+    starts: seconds from the first frame, (clips,), or the times of all frames, (clips, T), or what
+    makes them from the duration. Frame i is the one on display at start + i * stride / 30 seconds:
+    the last whose time stamp is at most 1 ms later; past the end the last frame repeats. size: the
+    short side in pixels. Returns (clips, T, H, W, 3) uint8 RGB, or raises ValueError.
     """
     try:
         with _open(path) as container:
@@ -447,7 +458,7 @@ def _frames_at(container, stream, times, size):
         raise ValueError("no frame can be decoded")
     zero, first = coming
     scale = size / min(first.height, first.width) if size else 1
-    longest = 16 * size if size else max(first.height, first.width)  # 4096 x 2 is not to grow
+    longest = 16 * size if size else max(first.height, first.width)  # 4096 x 2 would be huge
     height, width = (min(max(1, round(s * scale)), longest) for s in (first.height, first.width))
     pictures = np.empty((len(times), height, width, 3), dtype=np.uint8)
     reformatter, picture = VideoReformatter(), None
@@ -494,7 +505,7 @@ def _seek(container, stream, target, zero):
 
 # --- demo videos
 
-_COATS = {  # patterns of about -1 to 1 in the acrobat's own coordinates
+_COATS = {  # in the acrobat's own coordinates: dark below -0.42, light above 0.42
     "solid": lambda u, v, f: np.ones_like(u),
     "stripes": lambda u, v, f: np.sin(2 * np.pi * f * u),
     "dots": lambda u, v, f: 1.6 * (np.cos(2 * np.pi * f * u) + np.cos(2 * np.pi * f * v)) - 1,
@@ -511,7 +522,7 @@ def demo_videos(folder, seed=0, scenes=4, train=400, val=200):
     that clips from different times do not share. Identical for a seed. Returns the folder.
     """
     folder = Path(folder)
-    while int(os.environ.get("LOCAL_RANK", 0)) > 0 and not folder.exists():
+    while rank() > 0 and os.environ["LOCAL_RANK"] != "0" and not folder.exists():
         time.sleep(0.2)  # if the process that makes them dies, torchrun ends this one
     if folder.exists():
         return folder
@@ -522,10 +533,10 @@ def demo_videos(folder, seed=0, scenes=4, train=400, val=200):
     try:
         with ProcessPoolExecutor(len(os.sched_getaffinity(0)), initializer=_quiet) as pool:
             list(tqdm(pool.map(_write_acrobat, jobs, chunksize=8), total=len(jobs), disable=None))
-        if not folder.exists():  # another machine on the same disk may have been faster
-            building.rename(folder)
+        building.rename(folder)
     except OSError as error:
-        fail(f"cannot make the demo videos in {folder}: {error}")
+        if not folder.exists():  # else another run was faster
+            fail(f"cannot make the demo videos in {folder}: {error}")
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return folder
@@ -644,10 +655,8 @@ def _batch(args, videos, sample_clips, on_cpu, step):
 
 
 def _views(args, videos, sample_clips, crop, key, bad):
-    """The cropped views of a video; all randomness comes from the seed and the key (epoch, number).
-
-    A bad video is replaced by the same other one for the same seed, and bad gets the reason.
-    """
+    """The cropped views of a video, all randomness from the seed and the key (epoch, number); a bad
+    one is replaced by the same other one for the same seed, and bad gets the reason."""
     for attempt in range(20):
         rng, starts = np.random.default_rng((args.seed, *key, attempt)), []
         number = key[1] if attempt == 0 else int(rng.integers(len(videos)))
@@ -660,8 +669,6 @@ def _views(args, videos, sample_clips, crop, key, bad):
             return starts
 
         size = int(rng.integers(args.short_side[0], args.short_side[-1], endpoint=True))
-        worker = torch.utils.data.get_worker_info()
-        videos.reading[worker.id if worker else 0] = number
         try:
             clips = read_clips(videos[number], choose, args.frames, args.stride, size)
         except ValueError as error:
@@ -670,11 +677,14 @@ def _views(args, videos, sample_clips, crop, key, bad):
         clips = torch.from_numpy(clips.copy()).permute(0, 1, 4, 2, 3)  # (rho, T, 3, H, W)
         clips = clips.expand(args.views, *clips.shape[1:])  # rho = 1: one clip, cropped twice
         seeds = torch.from_numpy(rng.integers(2**62, size=(2, args.views)))
-        views = [_draw([crop], *pair) for pair in zip(clips, seeds[0], strict=True)]
-        boxes = _view_boxes(args, videos, number, clips.shape[-2:], seeds)
+        boxes = _boxes(videos, number, *clips.shape[-2:])
+        cropped = [_draw([crop], (c, boxes), s) for c, s in zip(clips, seeds[0], strict=True)]
+        views, boxes = zip(*cropped, strict=True)
+        flip = _operators(args)[1][: "flip" in args.augment.split(",")]  # of views: in _augment
+        boxes = [_draw(flip, *pair) for pair in zip(boxes, seeds[1], strict=True)]
         starts = torch.tensor(starts)  # (rho,), or (rho, T) times of all frames
         starts = starts.expand(args.views, *starts.shape[1:])
-        return torch.stack(views), seeds[1], starts, boxes, number
+        return torch.stack(views), seeds[1], starts, torch.stack(boxes), number
 
 
 def _moment(videos, i):
@@ -683,25 +693,14 @@ def _moment(videos, i):
 
 def _boxes(videos, i, height, width):
     """(M, 4): in pixels of a whole picture."""
-    return torch.from_numpy(videos.boxes[i]).float() * torch.tensor([width, height] * 2)
-
-
-def _view_boxes(args, videos, i, shape, seeds):
-    """(V, M, 4): in pixels of the views with these seeds, cut at their edges; M = 0 if none are."""
-    if videos.boxes is None:
-        return torch.zeros(args.views, 0, 4)
-    whole = BoundingBoxes(_boxes(videos, i, *shape), format="XYXY", canvas_size=tuple(shape))
-    crop, rest = _operators(args)
-    flip = [operator for operator in rest if isinstance(operator, v2.RandomHorizontalFlip)]
-    pairs = [_draw(flip, _draw([crop], whole, a), b) for a, b in seeds.T]  # flip is rest's first
-    return torch.stack([boxes.as_subclass(torch.Tensor) for boxes in pairs])
+    boxes = torch.from_numpy(videos.boxes[i]) * torch.tensor([width, height] * 2)
+    return torchvision.tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
 
 
 def _draw(operators, clip, seed):
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(seed))  # the one that transforms.v2 draws from
-        for operator in operators:
-            clip = operator(clip)
+    torch.default_generator.manual_seed(int(seed))  # the one that transforms.v2 draws from
+    for operator in operators:
+        clip = operator(clip)
     return clip
 
 
@@ -721,24 +720,21 @@ def _show_views(args, clips, starts):
     corner, mark = torch.tensor([[0, 0, 1, 1]]), torchvision.utils.draw_bounding_boxes
     pairs = zip(pictures.cpu(), times.flatten(), strict=True)
     marked = [mark(picture, corner, [f"{seconds:.2f} s"]) for picture, seconds in pairs]
-    try:
-        if rank() == 0:
-            torchvision.utils.save_image(marked, args.show_views, nrow=args.frames, format="png")
-    except OSError as error:
-        fail(f"--show-views {args.show_views}: {error.strerror}")
+    save = partial(torchvision.utils.save_image, marked, nrow=args.frames, format="png")
+    write(args.show_views, lambda file: save(fp=file))
     say(f"wrote {args.show_views}: {len(clips[:4])} videos, {args.views} views each")
 
 
 def _check_data(args, videos):
     """Read two places of every video, name those that cannot be read, list the others, and stop."""
-    labels, clean = ["", *videos.classes], Path(args.out, "clean.txt")
+    labels, clean = ["", *(f"\t{name}" for name in videos.classes)], Path(args.out, "clean.txt")
     args.allow_missing = True
     rows, problems = evaluate(args, videos, lambda x: torch.zeros(1), clips=2)
     for problem in problems:
         say(f"bad: {problem}")
     good = torch.nonzero(rows.isfinite())[:, 0].tolist()
-    lines = [f"{os.path.abspath(videos[i])}\t{labels[videos.labels[i] + 1]}" for i in good]
-    clean.write_text("".join(line.rstrip("\t") + "\n" for line in lines))
+    lines = [os.path.abspath(videos[i]) + labels[videos.labels[i] + 1] + "\n" for i in good]
+    write(clean, lambda file: file.writelines(map(os.fsencode, lines)))
     say(f"{len(good)} of {len(videos)} videos can be read, a list: {clean}")
     sys.exit(0)
 
@@ -861,7 +857,7 @@ def backbone(name):
 def mlp(widths, bn):
     """Linear layers, ReLU and (if bn) BN between: (N, widths[0]) -> (N, widths[-1]); HEAD:147."""
     layers = []
-    for i, (inputs, outputs) in enumerate(pairwise(widths), start=2):
+    for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False), start=2):
         hidden = i < len(widths)
         linear = nn.Linear(inputs, outputs, bias=not (bn and hidden))  # BN has a bias of its own
         nn.init.kaiming_uniform_(linear.weight, a=1)
@@ -873,10 +869,8 @@ def mlp(widths, bn):
 
 
 def per_view(network, clips, low_memory=False):
-    """Run a network on one view after the other: (B, V, 3, T, H, W) -> (B, V, D) float32.
-
-    So BN sees the B clips of one view. With low_memory only the inputs are kept for backward.
-    """
+    """Run a network on one view after the other, so that BN sees the B clips of one view: (B, V, 3,
+    T, H, W) -> (B, V, ...) float32. With low_memory only the inputs are kept for backward."""
     run = network
     if low_memory and torch.is_grad_enabled():
         again = {"context_fn": lambda: (contextlib.nullcontext(), _uncounted(network))}
@@ -910,25 +904,29 @@ def _read(path):
     """What a file of torch.save holds, on the CPU, without running code; ValueError, one line."""
     try:
         if str(path).endswith(".pkl"):
-            raise ValueError("a caffe2 pickle of SlowFast's model zoo, which PyTorch cannot read")
+            raise ValueError("a pickle, as in SlowFast's model zoo, which may run code")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no common class for what a damaged file raises
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise ValueError(f"cannot read {path}: {reason}") from None
 
 
-def _write(path, content):
-    """Atomic: whoever reads, or a kill at any moment, finds the old file or the new one."""
+def write(path, save):
+    """save(file), on rank 0. Whoever reads, after a kill too, finds the old file or the new one."""
     temporary = Path(f"{path}.tmp")
+    if rank() > 0:
+        return
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise OSError("it is there, and no file")
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            save(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's writer
         temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {error}; the last good one is as it was", code=1)
+        fail(f"cannot write {path}: {error}; an older one is as it was", code=1)
 
 
 _PREFIXES = ["", "backbone.", "encoder.backbone.", "features.", "module."]  # of the files we read
@@ -999,20 +997,27 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            decay, momentum = group["weight_decay"], group["momentum"]
-            for w in group["params"]:
-                if w.grad is None:
-                    continue
-                g = w.grad
-                if w.ndim > 1:
-                    w_norm, g_norm = w.norm(), g.norm()
-                    scale = group["trust_coefficient"] * w_norm / (g_norm + decay * w_norm + 1e-8)
-                    g = torch.where((w_norm > 0) & (g_norm > 0), (g + decay * w) * scale, g)
+        for group in self.param_groups:  # _foreach_: one launch on a GPU for many tensors
+            weights = [w for w in group["params"] if w.grad is not None]
+            steps = {w: w.grad for w in weights}
+            if wide := [w for w in weights if w.ndim > 1]:
+                steps |= zip(wide, self.scaled(wide, group), strict=True)
+            for w in weights:
                 if w not in self.state:
                     self.state[w]["momentum_buffer"] = torch.zeros_like(w)
-                buffer = self.state[w]["momentum_buffer"].mul_(momentum).add_(g)
-                w.add_(g + momentum * buffer, alpha=-group["lr"])
+            buffers = [self.state[w]["momentum_buffer"] for w in weights]
+            torch._foreach_mul_(buffers, group["momentum"])
+            torch._foreach_add_(buffers, [*steps.values()])
+            ahead = torch._foreach_add([*steps.values()], buffers, alpha=group["momentum"])
+            torch._foreach_add_(weights, ahead, alpha=-group["lr"])
+
+    def scaled(self, weights, group):
+        """Their gradients with weight decay, each in proportion to its weight's norm."""
+        grads, decay = [w.grad for w in weights], group["weight_decay"]
+        w_norm, g_norm = (torch.stack(torch._foreach_norm(part)) for part in (weights, grads))
+        scale = group["trust_coefficient"] * w_norm / (g_norm + decay * w_norm + 1e-8)  # (n,)
+        scale = torch.where(w_norm > 0, scale * (g_norm > 0), 1.0)
+        return torch._foreach_mul(torch._foreach_add(grads, weights, alpha=decay), scale.unbind())
 
 
 _OPTIMIZERS = {"lars": partial(LARS, momentum=0.9), "adamw": torch.optim.AdamW}
@@ -1036,15 +1041,14 @@ def _peak(args):
 
 def learning_rate(args, epoch):
     """At a fractional epoch: half a cosine over the run, or a tenth after each of args.lr_steps if
-    they are not 0; before that a straight line from 0.001 of what it meets (LRP:9)."""
+    they are not 0; before that a line from 0.001 of what it meets (LRP:9, from 0.001)."""
     peak, steps = _peak(args), getattr(args, "lr_steps", (0.0,))
     then = max(epoch, args.warmup_epochs)
     high = peak * 0.5 * (1 + math.cos(math.pi * then / args.epochs))
     if any(steps):
         high = peak * 0.1 ** sum(then >= step for step in steps)
-    if epoch >= args.warmup_epochs:
-        return high
-    return high * (0.001 + 0.999 * epoch / args.warmup_epochs)
+    warm = 1 if epoch >= args.warmup_epochs else 0.001 + 0.999 * epoch / args.warmup_epochs
+    return high * warm
 
 
 # --- evaluation
@@ -1052,21 +1056,18 @@ def learning_rate(args, epoch):
 
 def evaluate(args, videos, network, clips, crops=1, which=None):
     """Call a network, in the mode that it is in, on each video's test views, (clips * crops, 3, T,
-    H, W), for any one tensor.
+    H, W); it returns one tensor of any shape.
 
     Clips start at 0, 1/clips, ... of the last possible start (KIN:217), or where the function
     clips(duration, span) says; crops lie evenly along the long side; crops = 0: the whole picture,
     and the network gets its boxes (M, 4) in pixels too. which: numbers of videos, all by default.
-    Each is read once, on one rank. Returns, on every rank, rows (n, ...) float32 on the CPU, in
-    order, and why videos could not be read: that ends the run if args.allow_missing is False, else
-    the row is NaN.
+    Each is read once, on one rank. Returns, on every rank, rows (n, ...) float32 on the CPU and why
+    videos could not be read: that ends the run if args.allow_missing is False, else it is NaN.
     """
     which = range(len(videos)) if which is None else which
     views = partial(_test_views, args, videos, clips, crops)
-    mine = which[rank() :: world_size()]  # numbers; a worker decodes the video of each
-    loader = DataLoader(mine, batch_size=None, collate_fn=views, **_workers(args))
     rows, problems = {}, []
-    for i, x, problem in loader:
+    for i, x, problem in _load(args, videos, which[rank() :: world_size()], views):
         if problem:
             problems.append(problem)
             if not getattr(args, "allow_missing", True):
@@ -1120,16 +1121,16 @@ def knn(bank, bank_labels, queries, labels, k=20, temperature=0.07):
 
 
 def _held_out(videos):
-    """[(videos, numbers)] of a bank and of queries for kNN, at most 4000 and 1000 of them.
-
-    Queries are of the sibling folder `val` of a folder `train`, else every fifth labelled video.
-    """
+    """[(videos, numbers)] of a bank and of queries for kNN, at most 4000 and 1000 of them; queries
+    are of the sibling folder `val` of a folder `train`, else every fifth labelled video."""
     root, labelled = Path(videos.root), np.flatnonzero(videos.labels >= 0)
     fifth = np.arange(len(labelled)) % 5 == 0
     parts = [(videos, labelled[~fifth], 4000), (videos, labelled[fifth], 1000)]
     if root.name == "train" and (beside := root.with_name("val")).is_dir():
-        val = Videos(beside, videos.classes, f"--knn-every: {beside}")
-        parts = [(videos, labelled, 4000), (val, np.flatnonzero(val.labels >= 0), 1000)]
+        known = [(beside / v, label) for v, label in _rows(beside, "") if label in videos.classes]
+        if known:
+            val = Videos(known, videos.classes)
+            parts = [(videos, labelled, 4000), (val, np.arange(len(val)), 1000)]
     if not all(len(numbers) for _, numbers, _ in parts):
         say("WARN no labels (class folders, or lines of path<TAB>label): no kNN accuracy")
         return []
@@ -1141,10 +1142,15 @@ def autocast():
     return torch.autocast(device().type, torch.bfloat16, enabled=device().type == "cuda")
 
 
-def _workers(args):
-    """Of a DataLoader: its processes, and whether they pin memory for the GPU."""
+def _load(args, videos, numbers, make):
+    """Yield make(number) of each number, made by worker processes."""
     how = dict(num_workers=args.workers, timeout=600 if args.workers else 0)
-    return dict(worker_init_fn=_quiet, pin_memory=device().type == "cuda", **how)
+    how |= dict(worker_init_fn=_quiet, pin_memory=device().type == "cuda")
+    try:
+        yield from DataLoader(numbers, batch_size=None, collate_fn=make, **how)
+    except RuntimeError as error:  # torch's word for a worker that died or hung
+        last = ", ".join(videos[i] for i in videos.reading.tolist() if i >= 0)
+        fail(f"{str(error).strip().splitlines()[-1]}; the workers were at {last}", code=1)
 
 
 # --- loop
@@ -1153,8 +1159,9 @@ def _workers(args):
 class _Run:
     """A training run as a script sees it, one step after the other.
 
-    clips: (B, V, 3, T, H, W) float32; labels: (B,), -1 for none; epoch: fractional, before this
-    step; progress: the share of the run that is over after this step, 1 at the last.
+    clips: (B, V, 3, T, H, W) float32; labels: (B,), -1 for none; starts: seconds, (B, V) or (B, V,
+    T); boxes: (B, V, M, 4); epoch: fractional, before this step, and ends_epoch: whether it is the
+    last of one; progress: the share of the run that is over after this step, 1 at the last.
     """
 
     autocast = staticmethod(autocast)
@@ -1166,12 +1173,11 @@ class _Run:
         self.steps_per_epoch = len(videos) // args.batch_size
         self.total = args.epochs * self.steps_per_epoch
         self.last = min(self.total, args.max_steps or self.total)
-        self.number, self.file = 0, None  # of steps done; the log
+        self.number, self.logged, self.file = 0, 0, None  # of steps, also when last logged; the log
         self.skipped = self.in_a_row = 0  # steps that were not finite
         self.bad, self.losses = [], []  # reasons of bad videos; since the last line of the log
         self.lines, self.warned = [], set()  # (loss / chance, std, wait) of each; warnings said
         self.waited, self.since, self.saved = 0.0, time.monotonic(), time.monotonic()
-        self.logged = 0  # number of the last line
         self.asked = self.stop = False  # by a signal to this rank; agreed by all
         self.statistics = [b for norm in _norms(model) for b in norm.buffers()]
         self.before = [b.clone() for b in self.statistics]
@@ -1184,18 +1190,11 @@ class _Run:
         say(f"lr: {words} = {_peak(args):g}; after warm-up {reached:g}")
         say(f"chance level of the loss: {self.chance:.4f}")
 
-    def fetch(self, batches):
-        """The next batch, its time counted as waiting for data."""
+    def begin(self, batches):
+        """Take the next batch; the time until it is there counts as waiting for data."""
         begun = time.monotonic()
-        try:
-            batch = next(batches)
-        except RuntimeError as error:  # torch's word for a worker that died or hung
-            last = ", ".join(self.videos[i] for i in self.videos.reading.tolist() if i >= 0)
-            fail(f"{str(error).strip().splitlines()[-1]}; the workers were at {last}", code=1)
+        views, seeds, starts, boxes, numbers, bad = next(batches)
         self.waited += time.monotonic() - begun
-        return batch
-
-    def begin(self, views, seeds, starts, boxes, numbers, bad):
         self.note(bad)
         if views is None or len(bad) > max(10, len(views)):
             fail(f"most videos cannot be read; the first: {self.bad[0]}")
@@ -1260,9 +1259,7 @@ class _Run:
         over = not part or self.stop or self.number == self.last
         over |= time.monotonic() - self.saved > 600
         if over and not _finite(self.model.state_dict(), self.optimizer.state_dict()):
-            fail(
-                f"weights are not finite after step {self.number}; a smaller --lr may help", code=1
-            )
+            fail(f"step {self.number}: weights are not finite; a smaller --lr may help", code=1)
         every = self.args.knn_every if self.held_out else 0
         if every and not part and (epochs % every == 0 or self.number == self.total):
             self.log(knn_top1=self.monitor())
@@ -1288,7 +1285,6 @@ class _Run:
         entry |= {k: v if math.isfinite(v) else None for k, v in rounded.items()}  # JSON has no NaN
         if self.file:
             self.file.write(json.dumps(entry).encode() + b"\n")
-            self.file.flush()
         say(json.dumps(entry))
         self.lines.append((loss / max(self.chance, 1e-9), spread, wait))
         self.losses, self.waited, self.since = [], 0.0, time.monotonic()
@@ -1309,7 +1305,7 @@ class _Run:
     def monitor(self):
         """kNN accuracy of the backbone, in percent; see _held_out."""
         network = self.model.encoder.backbone.eval()
-        sides = []
+        begun, sides = time.monotonic(), []
         for videos, which in self.held_out:
             rows, bad = evaluate(self.args, videos, network, clips=2, which=which)
             self.note(bad if rank() == 0 else [], "left out")
@@ -1317,6 +1313,7 @@ class _Run:
             read = rows.isfinite().all(-1)
             sides += [rows[read], torch.from_numpy(videos.labels)[which][read]]
         network.train(self.model.training)
+        self.since += time.monotonic() - begun  # which is not the speed of training
         return knn(*sides)
 
     def save(self):
@@ -1327,18 +1324,20 @@ class _Run:
         net, path = self.model.encoder.backbone, f"{self.args.out}/"
         state = {name: tensor.cpu() for name, tensor in net.state_dict().items()}
         config = {**vars(self.args), "step": self.number, "feature_dim": net.feature_dim}
-        _write(path + "backbone.pth", {"state_dict": state, "config": config})
+        config["finished"] = self.number == self.total
+        backbone = {"state_dict": state, "config": config}
+        write(path + "backbone.pth", partial(torch.save, backbone))
         content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         content |= {name: getattr(self, name) for name in ("number", "losses", "skipped", "bad")}
         content |= {"args": vars(self.args), "log_bytes": self.file.tell()}
-        _write(path + "last.pth", content)
+        write(path + "last.pth", partial(torch.save, content))
 
     def resume(self):
         """Take the output folder for this run; go on from its last.pth if there is one."""
         path, content = Path(self.args.out, "last.pth"), None
         if rank() == 0:
             try:
-                self.file = open(path.with_name("log.jsonl"), "ab")
+                self.file = open(path.with_name("log.jsonl"), "ab", buffering=0)
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 content = _read(path) if path.exists() else None
             except BlockingIOError:
@@ -1356,10 +1355,11 @@ class _Run:
                 reason = str(error).split("\n")[-1].strip() or error
                 fail(f"{path} cannot go on in this run ({reason}); choose another --out")
         if rank() == 0:
-            self.file.truncate(content["log_bytes"] if content else 0)
+            end = content["log_bytes"] if content else 0  # what came after is logged again
+            self.file.truncate(self.file.seek(min(end, self.file.tell())))
 
     def restore(self, path, content):
-        free = vars(_Flags).keys() - {"seed"} | {"knn_every", "allow_missing", "finished", "code"}
+        free = {*vars(_Flags), "knn_every", "allow_missing", "finished", "code"} - {"seed", "data"}
         for name in sorted(vars(self.args), key=lambda name: name != "method"):
             flag = name.removesuffix("_hash")  # a hash stands for what it is of
             if content["args"].get(name) != vars(self.args)[name] and name not in free:
@@ -1402,7 +1402,7 @@ def train(args, videos, model, optimizer, sample_clips, chance):
     """
     args.finished, run = False, _Run(args, videos, model, optimizer, chance)
     if args.show_views:
-        run.begin(*next(iter(_loader(run, sample_clips))))
+        run.begin(_loader(run, sample_clips))
         return _show_views(args, run.clips, run.starts)
 
     def request_stop(*_):
@@ -1412,14 +1412,16 @@ def train(args, videos, model, optimizer, sample_clips, chance):
     try:
         run.resume()
         run.announce()
-        batches, silent = iter(_loader(run, sample_clips)), rank() > 0 or not sys.stderr.isatty()
+        batches, silent = _loader(run, sample_clips), rank() > 0 or not sys.stderr.isatty()
         for _ in tqdm(range(run.number, run.last), args.method, disable=silent):
-            run.begin(*run.fetch(batches))
+            run.begin(batches)
             yield run
             run.end()
             if run.stop:
                 say(f"stopped after step {run.number}; the same command goes on from there")
                 return
+    except OSError as error:  # a full disk, say
+        fail(f"{error}; {args.out} is as it was last saved", code=1)
     finally:
         if run.file:
             run.file.close()  # another run may have the folder
@@ -1428,12 +1430,11 @@ def train(args, videos, model, optimizer, sample_clips, chance):
     args.finished = run.number == run.total
     say(f"done, {run.number} of {run.total} steps: {args.out}/last.pth")
     if "rho" in args:
-        data = f" --data {args.data}" if args.data else ""
-        say(f"evaluate: python eval_linear.py --weights {args.out}/backbone.pth{data}")
+        data = f" --data {shlex.quote(args.data)}{' --small' * args.small}" if args.data else ""
+        say(f"evaluate: python eval_linear.py --weights {shlex.quote(args.out)}/backbone.pth{data}")
 
 
 def _loader(run, sample_clips):
     """The batches from step run.number on."""
     batch = partial(_batch, run.args, run.videos, sample_clips, device().type == "cpu")
-    steps = range(run.number, run.last)
-    return DataLoader(steps, batch_size=None, collate_fn=batch, **_workers(run.args))
+    return _load(run.args, run.videos, range(run.number, run.last), batch)

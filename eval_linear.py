@@ -1,10 +1,10 @@
 """Linear probe and kNN: what a frozen backbone has learned.
 
-Measures The share of test videos that are classified rightly from the backbone's features alone, by
+Measures The share of test videos that are classified correctly from the backbone's features, by
          the votes of the nearest training videos, and by a linear classifier.
 Protocol Feichtenhofer et al., 2021 (arXiv 2104.14558), section 4: the classifier is trained on one
-         random clip, crop and flip, a video and epoch; tested on 10 clips x 3 crops a video, whose
-         softmax is averaged. --cached: on features of a few clips, extracted once; in seconds.
+         random clip per video and epoch, cropped and flipped, and tested on 10 clips x 3 crops a
+         video, whose softmax is averaged. --cached: on features of a few clips, extracted once.
 kNN      k = 20, cosine similarity s of features that are averaged over views, votes exp(s / 0.07).
 Differs  From the released code: BN is in eval, so that the backbone is frozen in every tensor;
          --adapt-bn follows it (batch statistics in training, and running ones that keep moving).
@@ -15,6 +15,7 @@ Recipe   python eval_linear.py --weights out/byol-demo-rho2/backbone.pth
 import json
 import math
 import os
+import shlex
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -79,7 +80,8 @@ class Probe(nn.Module):
         """(B, 1, 3, T, H, W) -> features (B, 1, D), scores of the classes (B, classes)."""
         with torch.no_grad():
             features = common.per_view(self.encoder.backbone, clips)
-        return features, self.encoder.linear(features[:, 0]).float()
+        with torch.autocast(clips.device.type, enabled=False):  # rounded scores would tie
+            return features, self.encoder.linear(features[:, 0])
 
 
 def assert_frozen(backbone, before, adapt_bn):
@@ -119,9 +121,8 @@ def test_videos(source, videos):
     if len(videos.classes) < 2:
         common.fail(f"--data has one class, {videos.classes[0]}: there is nothing to tell apart")
     if absent := set(range(len(videos.classes))) - set(val.labels):
-        common.say(
-            f"WARN no test video of class {videos.classes[min(absent)]} ({len(absent)} such)"
-        )
+        name = videos.classes[min(absent)]
+        common.say(f"WARN no test video of class {name} ({len(absent)} such)")
     both = {Path(path).resolve() for path in videos} & {Path(path).resolve() for path in val}
     if both:
         common.say(f"WARN {len(both)} videos are in --data and in --val, such as {min(both)}")
@@ -147,39 +148,37 @@ def report(args, classes, nearest, scores, labels, expected):
     percent = lambda part: round(100 * part.float().mean().item(), 2)  # noqa: E731
     protocol = f"cached features, {args.cached_clips} clips x 1 crop, BN in eval"
     if not args.cached:
-        protocol = (
-            f"{args.epochs} epochs of random clips; {args.test_clips} clips x {args.test_crops}"
-        )
-        protocol += f" crops at {args.test_size}; BN {'adapted' if args.adapt_bn else 'in eval'}"
+        views = f"{args.test_clips} clips x {args.test_crops} crops at {args.test_size}"
+        norm = "adapted" if args.adapt_bn else "in eval"
+        protocol = f"{args.epochs} epochs of random clips; {views}; BN {norm}"
     result = {"knn_top1": round(nearest, 2), "linear_top1": percent(hits)}
     result |= {"linear_top5": percent(five), "n": len(labels)}
     result["missing"] = expected - len(labels)
     result |= {"classes": len(classes), "protocol": protocol}
     result["views"] = args.cached_clips if args.cached else args.test_clips * args.test_crops
     result |= {name: getattr(args, name) for name in ("weights", "backbone", "seed")}
-    result |= {"command": " ".join(sys.argv), "versions": common.versions()}
+    result |= {"command": shlex.join(sys.argv), "versions": common.versions()}
     common.say(json.dumps(result))
     result["per_class"] = {name: percent(part) for name, part in each.items()}
-    if common.rank() == 0:
-        Path(args.out, "result.json").write_text(json.dumps(result, indent=1) + "\n")
+    text = json.dumps(result, indent=1) + "\n"
+    common.write(f"{args.out}/result.json", lambda file: file.write(text.encode()))
     common.say(f"done: {args.out}/result.json")
 
 
 def write_features(args, videos, backbone):
     """NPZ of features (n, D), averaged over the views, labels (n,), paths (n,), in list order."""
-    folder = Path(args.extract).parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        common.fail(f"--extract {args.extract}: cannot write there")
+    path, folder = args.extract, os.path.dirname(args.extract) or "."
+    there = os.path.exists(path) and not os.path.isfile(path)  # a folder or a device
+    if there or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        common.fail(f"--extract {path}: cannot write a file there")
     features, problems = common.evaluate(args, videos, backbone, args.cached_clips)
     for problem in problems:
         common.say(f"WARN left out: {problem}")
     read = np.flatnonzero(features.flatten(1).isfinite().all(1))
-    if common.rank() == 0:
-        paths, labels = np.array([videos[int(i)] for i in read]), videos.labels[read]
-        with open(f"{args.extract}.tmp", "wb") as file:
-            np.savez(file, features=features[read].mean(1).numpy(), labels=labels, paths=paths)
-        Path(f"{args.extract}.tmp").replace(args.extract)
-    common.say(f"wrote {args.extract}: features of {len(read)} of {len(videos)} videos")
+    rows = {"features": features[read].mean(1).numpy(), "labels": videos.labels[read]}
+    rows["paths"] = np.array([videos[int(i)] for i in read])
+    common.write(path, lambda file: np.savez(file, **rows))
+    common.say(f"wrote {path}: features of {len(read)} of {len(videos)} videos")
 
 
 # --- training
@@ -197,31 +196,32 @@ def main(argv=None):
     backbone, optimizer = model.eval().encoder.backbone, common.make_optimizer(model, args)
     if args.extract:
         return write_features(args, videos, backbone)
+    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    if not args.cached:
+        backbone.train(args.adapt_bn)
+        chance = math.log(len(videos.classes))
+        for step in common.train(args, videos, model, optimizer, sample_clips, chance):
+            with step.autocast():
+                features, scores = network(step.clips)  # (B, 1, D), (B, classes), float32
+            loss = F.cross_entropy(scores, step.labels)
+            loss.backward()
+            step.update(loss, features=features)
+            if step.ends_epoch:
+                assert_frozen(backbone, before, args.adapt_bn)
+        if not args.finished:
+            return
+        softmax = lambda x: model(x[:, None])[1].softmax(-1).mean(0)  # noqa: E731
+        model.eval()
+        tested = labelled(args, val, softmax, args.test_clips, args.test_crops)
+        backbone.load_state_dict(before)  # for kNN, as it came
     views = backbone if args.cached else lambda x: backbone(x).mean(0, keepdim=True)
     train, train_labels = labelled(args, videos, views, args.cached_clips)  # (n, views, D), (n,)
     test, labels = labelled(args, val, views, args.cached_clips)
     nearest = common.knn(train.mean(1), train_labels, test.mean(1), labels)
     common.say(f"kNN: {nearest:.2f} % of {len(labels)} videos")
     if args.cached:
-        scores = cached_probe(args, train, train_labels, test, len(videos.classes))
-        return report(args, videos.classes, nearest, scores, labels, len(val))
-    backbone.train(args.adapt_bn)
-    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    chance = math.log(len(videos.classes))
-    for step in common.train(args, videos, model, optimizer, sample_clips, chance):
-        with step.autocast():
-            features, scores = network(step.clips)  # (B, 1, D), (B, classes), float32
-        loss = F.cross_entropy(scores, step.labels)
-        loss.backward()
-        step.update(loss, features=features)
-        if step.ends_epoch:
-            assert_frozen(backbone, before, args.adapt_bn)
-    if args.finished:
-        network = model.eval().encoder
-        scores, labels = labelled(
-            args, val, lambda x: network(x).softmax(-1).mean(0), args.test_clips, args.test_crops
-        )
-        report(args, videos.classes, nearest, scores, labels, len(val))
+        tested = cached_probe(args, train, train_labels, test, len(videos.classes)), labels
+    report(args, videos.classes, nearest, *tested, len(val))
 
 
 if __name__ == "__main__":

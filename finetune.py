@@ -1,16 +1,14 @@
 """Fine-tuning: all layers trained on labelled videos, from weights or from scratch.
 
-Measures What a backbone classifies rightly after supervised training: the share of test videos
+Measures What a backbone classifies correctly after supervised training: the share of test videos
          (top 1 and 5), or, where a video has several actions, mean average precision.
 Protocol Feichtenhofer et al., 2021 (arXiv 2104.14558), section 4, for UCF101 and HMDB51: one random
-         clip a video and epoch, crop, flip and tint; tested on 10 clips x 3 crops a video, whose
-         softmax is averaged. After MoCo the study uses --lr 0.005 --weight-decay 1e-4
-         --dropout 0.5 --batch-norm plain, after the others these defaults.
-Data     folder: two class folders or labelled lists, --data and --val. The others: the official
-         files and the videos, anywhere in --data, whatever their names end in.
-         ucf101, hmdb51: the split files. ssv2: json files; a frame from each of 8 parts of a video.
-         charades: csv files; 157 sigmoids, the maximum over views. ava: csv files v2.2, films or
-         their cuts from 900 s on; 80 sigmoids of each person's box; frame mAP at IoU 0.5.
+         clip per video and epoch, crop, flip, tint; tested on the mean softmax of 10 clips x 3
+         crops. After MoCo --lr 0.005 --weight-decay 1e-4 --dropout 0.5 --batch-norm plain.
+Data     folder: two folders of class folders, or two labelled lists, --data and --val. The others:
+         the official files and the videos, anywhere in --data, whatever their names end in.
+         ssv2: a frame from each of 8 parts of a video. charades: 157 sigmoids, the maximum over
+         views. ava: 80 sigmoids of each person's box; frame mAP at IoU 0.5.
 Scratch  Without --weights: the supervised baseline; its backbone.pth feeds the other scripts.
 Differs  From the released code: BN statistics over all ranks, frames 8 apart, not 9; short sides
          are drawn uniformly. ssv2: RGB and a crop in the middle, not BGR and on the left (SSV:220).
@@ -25,6 +23,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 from collections import OrderedDict
 from functools import partial
@@ -67,14 +66,14 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     batch_norm = "sync", "sync"  # sync: over all GPUs; plain: over each GPU's share
 
 
-SETTINGS = {  # the study's where they are not the above, UCF101's; any flag given wins
-    "ssv2": """--epochs 22 --lr 0.12 --lr-steps 14 18 --warmup-epochs 0.19 --weight-decay 1e-6
+SETTINGS = {  # the study's where not the above, UCF101's; a flag wins; {numbers} go with --epochs
+    "ssv2": """--epochs 22 --lr 0.12 --lr-steps {14} {18} --warmup-epochs {0.19} --weight-decay 1e-6
         --dropout 0.5 --augment crop --test-clips 1 --test-crops 1""",
     # SlowFast's configs/Charades/SLOWFAST_16x8_R50 (0.0375 per 16 videos), its warm-up unverified
-    "charades": """--epochs 57 --lr 0.15 --lr-steps 41 49 --warmup-epochs 4 --weight-decay 1e-4
-        --dropout 0.5 --augment crop,flip""",
-    "ava": """--epochs 32 --lr 0.3 --lr-steps 16 24 28 --warmup-epochs 5.3 --weight-decay 1e-7
-        --dropout 0.5 --augment crop,flip --test-clips 1 --test-crops 1""",
+    "charades": """--epochs 57 --lr 0.15 --lr-steps {41} {49} --warmup-epochs {4}
+        --weight-decay 1e-4 --dropout 0.5 --augment crop,flip""",
+    "ava": """--epochs 32 --lr 0.3 --lr-steps {16} {24} {28} --warmup-epochs {5.3}
+        --weight-decay 1e-7 --dropout 0.5 --augment crop,flip --test-clips 1 --test-crops 1""",
 }
 
 
@@ -83,9 +82,14 @@ def with_settings(argv):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.error, argv = common.fail, sys.argv[1:] if argv is None else argv
     parser.add_argument("--dataset")
+    parser.add_argument("--epochs", type=float)
     parser.add_argument("--small", action="store_true")
     known, _ = parser.parse_known_args(argv)
-    return ([] if known.small else SETTINGS.get(known.dataset, "").split()) + argv
+    small = ["--augment", "crop"] * (known.dataset == "ssv2")  # where left and right are classes
+    settings = SETTINGS.get(known.dataset, "")
+    share = known.epochs / float(settings.split()[1]) if known.epochs and settings else 1
+    settings = re.sub(r"{(.*?)}", lambda number: f"{share * float(number[1]):g}", settings)
+    return (small if known.small else settings.split()) + argv
 
 
 # --- method
@@ -128,7 +132,8 @@ class Classifier(nn.Module):
         """(B, 1, 3, T, H, W) -> features (B, 1, D), scores of the classes (B, classes)."""
         backbone, dropout, linear = self.encoder
         features = common.per_view(backbone, clips, self.low_memory)
-        return features, linear(dropout(features[:, 0])).float()
+        with torch.autocast(clips.device.type, enabled=False):  # rounded scores would tie
+            return features, linear(dropout(features[:, 0]))
 
 
 class Detector(Classifier):
@@ -140,10 +145,12 @@ class Detector(Classifier):
         """(B, 1, 3, T, H, W), boxes (B, 1, M, 4) in pixels -> features (B, 1, D), scores of the
         classes for each box (B, M, classes); HEAD:20."""
         backbone, dropout, linear = self.encoder
-        maps = common.per_view(nn.Sequential(*backbone), clips, self.low_memory)[:, 0].mean(2)
+        maps = common.per_view(nn.Sequential(*backbone), clips, self.low_memory)  # B, 1, D, T, H, W
+        maps = maps[:, 0].mean(2)  # (B, D, H, W)
         scale = 2.0 ** round(math.log2(maps.shape[-1] / clips.shape[-1]))  # 1/16 in slow_r50
         parts = roi_align(maps, [*boxes[:, 0].float()], 7, scale, sampling_ratio=0, aligned=True)
-        scores = linear(dropout(parts.amax((2, 3)))).float()  # (B * M, classes)
+        with torch.autocast(clips.device.type, enabled=False):
+            scores = linear(dropout(parts.amax((2, 3)).float()))  # (B * M, classes)
         return maps.mean((2, 3))[:, None], scores.unflatten(0, (len(boxes), -1))
 
 
@@ -157,10 +164,8 @@ def dilate(backbone):
 
 
 def rows(args, part="train"):
-    """(path, class) of the videos of a part, "train" or "test", of --dataset; None for a folder.
-
-    The class is "" where there are several. Ends the run if a test video is not there.
-    """
+    """(path, class) of the videos of a part, "train" or "test", of --dataset, class "" where there
+    are several; None for a folder. Ends the run if a test video is not there."""
     found = listed(args, part)
     if found is None:
         return None
@@ -227,7 +232,7 @@ def hmdb51(args, part):
         lines = Path(args.data, path).read_text().splitlines()
         pairs = [line.rsplit(maxsplit=1) for line in lines if line.strip()]
         found += [(f"{label}/{name}", label) for name, use in pairs if use == code]
-    return found
+    return [*dict.fromkeys(found)]  # a list may lie there twice
 
 
 def ssv2(args, part):
@@ -285,6 +290,8 @@ def key_frames(text, left_out=(), least=0.0):
             continue
         *box, action, last = rest
         x1, y1, x2, y2 = map(float, box)
+        if not (-0.1 < x1 < x2 < 1.1 and -0.1 < y1 < y2 < 1.1):
+            raise ValueError(f"a box of {video} is none in shares of width and height: {box}")
         if least and float(last) < least:
             continue
         boxes = frames.setdefault(key, {})
@@ -296,8 +303,8 @@ def key_frames(text, left_out=(), least=0.0):
 def ava_classes(args):
     """{action, from 0: name} of the 60 that count: `label { name: "stand" label_id: 12 ... }`."""
     text = official(args, "ava_action_list_v2.2_for_activitynet_2019.pbtxt")
-    found = re.findall(r'name: "(.*)"\s+(?:label_)?id: (\d+)', text)
-    return {int(number) - 1: name for name, number in found}
+    found = re.finditer(r'name: "(.*)"\s+(?:label_)?id: (\d+)', text)
+    return {int(match[2]) - 1: match[1] for match in found}
 
 
 def annotate(args, videos, part):
@@ -319,9 +326,7 @@ def annotate(args, videos, part):
 
 def multi_hot(numbers, classes):
     """(classes,) float: 1 at the numbers."""
-    target = torch.zeros(classes)
-    target[numbers] = 1
-    return target
+    return torch.tensor([float(c in numbers) for c in range(classes)])
 
 
 def active(actions, start=0.0, end=math.inf):
@@ -372,11 +377,9 @@ def average_precision(scores, positive, total=None, best=False):
 
 
 def right(boxes, scores, people, marks, least=0.5):
-    """Which scores (k, classes) of boxes (k, 4) are right, (k, classes) bool.
-
-    people: (m, 4), marks: (m, classes) bool. By falling score, a box is right about a class if,
-    of the people with the class, the one that it overlaps most, at IoU `least` or more, is free.
-    """
+    """Which scores (k, classes) of boxes (k, 4) are right, (k, classes) bool, given people (m, 4)
+    and marks (m, classes) bool: by falling score, a box is right about a class if, of the people
+    with the class, the one that it overlaps most, at IoU `least` or more, is free."""
     found = np.zeros(scores.shape, bool)
     overlap = box_iou(torch.as_tensor(boxes).double(), torch.as_tensor(people).double()).numpy()
     for c in np.flatnonzero(marks.any(0) & (len(boxes) > 0)):
@@ -410,9 +413,8 @@ def test_videos(source, videos):
     if len(videos.classes) < 2:
         common.fail(f"--data has one class, {videos.classes[0]}: there is nothing to tell apart")
     if absent := set(range(len(videos.classes))) - set(val.labels):
-        common.say(
-            f"WARN no test video of class {videos.classes[min(absent)]} ({len(absent)} such)"
-        )
+        name = videos.classes[min(absent)]
+        common.say(f"WARN no test video of class {name} ({len(absent)} such)")
     both = {Path(path).resolve() for path in videos} & {Path(path).resolve() for path in val}
     if both:
         common.say(f"WARN {len(both)} videos are in --data and in --val, such as {min(both)}")
@@ -432,20 +434,20 @@ def labelled(args, videos, network, clips, crops=1):
 def test_classes(args, model, val, classes):
     """Accuracies in percent, and of how many videos."""
     clips = partial(segments, args) if args.dataset == "ssv2" else args.test_clips
-    softmax = lambda x: model.encoder(x).softmax(-1).mean(0)  # noqa: E731
+    softmax = lambda x: model(x[:, None])[1].softmax(-1).mean(0)  # noqa: E731
     scores, labels = labelled(args, val, softmax, clips, args.test_crops)  # (m, classes), (m,)
     hits = scores.argmax(-1) == labels
     five = (scores.topk(min(5, len(classes))).indices == labels[:, None]).any(-1)
-    each = {name: hits[labels == i] for i, name in enumerate(classes) if (labels == i).any()}
     percent = lambda hits: round(100 * hits.float().mean().item(), 2)  # noqa: E731
-    per_class = {name: percent(part) for name, part in each.items()}
+    each = ((name, labels == i) for i, name in enumerate(classes))
+    per_class = {name: percent(hits[mine]) for name, mine in each if mine.any()}
     return {"top1": percent(hits), "top5": percent(five), "per_class": per_class}, len(scores)
 
 
 def test_charades(args, model, val, classes):
     """Mean average precision in percent, and of how many videos."""
     notes = annotate(args, val, "test")
-    most = lambda x: model.encoder(x).sigmoid().amax(0)  # noqa: E731
+    most = lambda x: model(x[:, None])[1].sigmoid().amax(0)  # noqa: E731
     scores, which = labelled(args, val, most, args.test_clips, args.test_crops)
     marks = torch.stack([active(notes[i]) for i in which]).numpy() > 0  # (m, classes)
     columns = zip(scores.numpy().T, marks.T, strict=True)
@@ -480,8 +482,8 @@ def marked(people, classes):
 def mean_precision(classes, values):
     """In percent, over the classes that occur; the value of another is NaN."""
     each = {name: 100 * v for name, v in zip(classes, values, strict=True) if not math.isnan(v)}
-    per_class = {name: round(value, 2) for name, value in each.items()}
-    return {"map": round(sum(each.values()) / max(1, len(each)), 2), "per_class": per_class}
+    mean = round(sum(each.values()) / len(each), 2) if each else None
+    return {"map": mean, "per_class": {name: round(value, 2) for name, value in each.items()}}
 
 
 def report(args, classes, expected, numbers, n):
@@ -497,11 +499,10 @@ def report(args, classes, expected, numbers, n):
     result = {**numbers, "n": n, "missing": expected - n, "classes": len(classes)}
     result |= {"protocol": protocol, "views": views}
     result |= {name: getattr(args, name) for name in ("weights", "backbone", "split", "seed")}
-    result |= {"command": " ".join(sys.argv), "versions": common.versions()}
+    result |= {"command": shlex.join(sys.argv), "versions": common.versions()}
     common.say(json.dumps(result))
-    if common.rank() == 0:
-        text = json.dumps({**result, "per_class": per_class}, indent=1) + "\n"
-        Path(args.out, "result.json").write_text(text)
+    text = json.dumps({**result, "per_class": per_class}, indent=1) + "\n"
+    common.write(f"{args.out}/result.json", lambda file: file.write(text.encode()))
     common.say(f"done: {args.out}/result.json")
 
 
@@ -512,6 +513,8 @@ def main(argv=None):
     args, videos = common.start(Recipe, with_settings(argv), rows)
     if args.boxes and args.dataset != "ava":
         common.fail(f"--boxes is for --dataset ava, not {args.dataset}")
+    if args.val and args.dataset != "folder":
+        common.fail(f"--val is for --dataset folder; {args.dataset} lists its own test videos")
     several, sample, classes = args.dataset in ("charades", "ava"), sample_clips, videos.classes
     if args.dataset == "ssv2":
         sample = partial(segments, args)

@@ -10,10 +10,11 @@ Loss     -log(e^s_ij / (e^s_ij + sum over the queue of e^s_in)), mean over video
 rho      Clips decoded and encoded by both networks; rho (rho - 1) pairs; rho keys of a video enter
          the queue. rho = 1: one clip, augmented twice. The step is V times the mean: a sum over
          the query clips.
-Differs  From the paper: crop before colour. From the released code: the keys of all ranks are
-         enqueued, not rank 0's; no step is skipped while the queue fills; frames 8 apart, not 9;
-         the target moves after the step, not before the next. The demo, to learn in 400 steps:
-         AdamW, BN in the projector, a faster target network, no colour jitter and blur.
+Differs  From the released code: crop before colour; frames 8 apart, not 9; bfloat16, not fp16; the
+         keys of all ranks are enqueued, not rank 0's, and shuffled over all ranks, not the 8 of a
+         machine; no step is skipped while the queue fills; the target moves after the step, not
+         before the next. The demo, to learn in 400 steps: AdamW, BN in the projector, a faster
+         target network, no colour jitter and blur.
 Recipe   torchrun --nproc_per_node=8 moco.py --data kinetics/train
          Kinetics-400 linear: the released model 66.6 at rho 2, 71.0 at rho 4; not run here.
 """
@@ -108,10 +109,10 @@ def shuffled(network, clips, seed):
     """Run the network on clips of other ranks, (B, V, ...) -> (B, V, D): a key's BN batch is not
     its query's, so that BN statistics do not tell which is the positive (CON:169)."""
     clips = common.gather(clips)  # (W * B, V, ...)
-    order = torch.arange(len(clips))
+    order = torch.arange(len(clips))  # (W * B,): which clip is at each place
     if common.world_size() > 1:
         order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(seed))
-    mine = order.chunk(common.world_size())[common.rank()]
+    mine = order.chunk(common.world_size())[common.rank()]  # (B,)
     keys = common.gather(common.per_view(network, clips[mine]))  # (W * B, V, D), shuffled
     return keys[order.argsort()].chunk(common.world_size())[common.rank()]
 

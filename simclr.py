@@ -8,9 +8,9 @@ Loss     -log(e^s_ij / (e^s_ij + sum over views n of other videos of e^s_in)), m
          ordered pairs of views i != j; s = z_i . z_j / temperature.
 rho      Clips decoded and encoded; rho (rho - 1) positive pairs of a video, none of which is in the
          denominator of another. rho = 1: one clip, augmented twice.
-Differs  From the paper: crop before colour. From the released code: all ordered pairs, not a chain
-         of neighbours; frames 8 apart, not 9; SyncBN over all ranks, not the 8 of a machine. The
-         demo, to learn in 400 steps: AdamW, BN in the projector, no colour jitter and blur.
+Differs  From the released code: crop before colour; frames 8 apart, not 9; bfloat16 on GPUs; all
+         ordered pairs, not a chain of neighbours; SyncBN over all ranks, not the 8 of a machine.
+         The demo, to learn in 400 steps: AdamW, BN in the projector, no colour jitter and blur.
 Recipe   torchrun --nproc_per_node=8 simclr.py --data kinetics/train
          Kinetics-400 linear: the released model 61.5 at rho 2; not run here.
 """

@@ -9,10 +9,10 @@ Loss     - sum over prototypes of code_i log softmax(scores_j / temperature), me
          ordered pairs of views i != j.
 rho      Clips decoded and encoded; rho (rho - 1) pairs; rho assignment problems, each over view i
          of the videos of all ranks. rho = 1: one clip, augmented twice.
-Differs  From the paper: no crops of other sizes, no queue; crop before colour. From the released
-         code: codes of all views, not of the first two; Sinkhorn over all ranks also on one
-         machine, in the log domain; frames 8 apart, not 9; SyncBN over all ranks. The demo, to
-         learn in 400 steps: AdamW, no colour jitter and blur.
+Differs  From the paper: no crops of other sizes, no queue. From the released code: crop before
+         colour; frames 8 apart, not 9; bfloat16 on GPUs; codes of all views, not of the first two;
+         Sinkhorn over all ranks also on one machine, in the log domain; SyncBN over all ranks. The
+         demo, to learn in 400 steps: AdamW, no colour jitter and blur.
 Recipe   torchrun --nproc_per_node=8 swav.py --data kinetics/train
          Kinetics-400 linear: the released model 62.6 at rho 2; not run here.
 """
@@ -72,8 +72,8 @@ def sample_clips(duration, span, rho, timespan, rng):
 def sinkhorn(scores, epsilon, iterations):
     """Codes (B, K) of scores (B, K): rows sum to 1, columns to B / K in the limit (CON:824).
 
-    In the log domain: exp(score / epsilon) would overflow or vanish. Log-softmax down a column is
-    the normalisation of a prototype, along a row that of a clip; constant factors cancel.
+    In the log domain: exp(score / epsilon) overflows if epsilon is below 0.0113. Log-softmax down a
+    column is the normalisation of a prototype, along a row that of a clip; constant factors cancel.
     """
     log_codes = scores / epsilon
     for _ in range(iterations):
@@ -86,7 +86,7 @@ def swapped_prediction(scores, codes, temperature):
     V = scores.shape[1]
     log_p = F.log_softmax(scores / temperature, dim=-1)  # (B, V, K)
     cross = -torch.einsum("bik,bjk->bij", codes, log_p)  # (B, V, V)
-    others = ~torch.eye(V, dtype=torch.bool, device=scores.device)  # pairs of different views
+    others = ~torch.eye(V, dtype=torch.bool, device=scores.device)  # (V, V): of different views
     return cross[:, others].mean()
 
 

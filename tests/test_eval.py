@@ -388,6 +388,9 @@ def test_adapt_bn_moves_statistics_only(argv, weights, tmp_path):
     for name, tensor in torch.load(weights, weights_only=True)["state_dict"].items():
         same = torch.equal(after[f"encoder.backbone.{name}"], tensor)
         assert same != ("running" in name or "tracked" in name), name
+    frozen = probe([*argv, "--cached", "--out", str(tmp_path / "frozen")])
+    adapted = probe([*argv, "--no-cached", "--adapt-bn", "--test-clips", "1"])
+    assert adapted["knn_top1"] == frozen["knn_top1"]  # kNN is of the backbone as it came
 
 
 def test_a_frozen_tensor_that_moves_is_noticed():
@@ -825,3 +828,18 @@ def test_one_class_is_refused(script, folder, tmp_path, capfd):
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(script).main(flags)
     assert stop.value.code == 2 and "one class, same" in capfd.readouterr().err
+
+
+def test_scores_are_exact_under_autocast():
+    """The probe's scores are float32 numbers also where the backbone runs in bfloat16."""
+    probe = eval_linear.Probe(Namespace(backbone="tiny"), 1000).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scores = probe(torch.randn(1, 1, 3, 4, 32, 32))[1]
+    assert scores.dtype == torch.float32
+    assert (scores.bfloat16().float() != scores).float().mean() > 0.9
+
+
+def test_views_are_shown_before_any_work(argv, tmp_path, capfd):
+    """--show-views of the probe extracts no features first."""
+    eval_linear.main([*argv, "--no-cached", "--show-views", str(tmp_path / "v.png")])
+    assert (tmp_path / "v.png").exists() and "kNN" not in capfd.readouterr().out

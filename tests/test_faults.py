@@ -270,3 +270,98 @@ def test_a_batch_of_one_video_a_rank(ranks, batch, small, monkeypatch, capfd):
     (line,) = capfd.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and f"--batch-size {batch}" in line
     assert "needs 2 videos for BN" in line if batch == ranks else "try 8" in line
+
+
+# --- what is written
+
+
+def test_log_has_no_hole(small, tmp_path):
+    """Lines that were logged after the last checkpoint go when a run goes on, and a log that was
+    deleted is begun anew: every byte that is left is a line of JSON, also after another resume."""
+    flags = [*small, "--epochs", "4", "--log-every", "100"]
+    log = tmp_path / "out/log.jsonl"
+    for steps, change in ((2, b'{"step": 99}\n' * 40), (4, None), (6, b""), (8, b"")):
+        run_ranks(1, train, [*flags, "--max-steps", str(steps)])
+        if change is None:
+            log.unlink()
+        elif change:
+            log.write_bytes(log.read_bytes() + change)
+    assert [line["step"] for line in log_of(tmp_path / "out")][-1] == 8
+    assert b"\0" not in log.read_bytes() and b"99" not in log.read_bytes()
+
+
+def _on_a_full_disk(script, argv):
+    real = os.fsync
+
+    def full(file):
+        if len(sys._getframe(1).f_code.co_name) and os.fstat(file).st_size:
+            raise OSError(28, "No space left on device")
+        real(file)
+
+    os.fsync = full
+    importlib.import_module(script).main(argv)
+
+
+@pytest.mark.parametrize("what", ["result.json", "npz", "clean.txt", "png"])
+def test_full_disk_of_other_files(what, folder, small, tmp_path, capfd):
+    """A result, features, a list or a picture that does not fit: one line, exit code 1; the older
+    file is as it was, and nothing half written stays."""
+    weights = ["--weights", "random", "--backbone", "tiny", "--cached", "--workers", "0"]
+    probe = [*weights, "--data", str(folder), "--val", str(folder), "--out", str(tmp_path / "out")]
+    probe += ["--small", "--frames", "2", "--size", "16"]
+    script, argv, file = {
+        "result.json": ("eval_linear", probe, "out/result.json"),
+        "npz": ("eval_linear", [*probe, "--extract", str(tmp_path / "f.npz")], "f.npz"),
+        "clean.txt": ("byol", [*small, "--check-data"], "out/clean.txt"),
+        "png": ("byol", [*small, "--show-views", str(tmp_path / "v.png")], "v.png"),
+    }[what]
+    (tmp_path / "out").mkdir()
+    (tmp_path / file).write_text("of an earlier run")
+    assert run_ranks(1, _on_a_full_disk, script, argv) == [1]
+    errors = [line for line in capfd.readouterr().err.splitlines() if "error: " in line]
+    assert len(errors) == 1 and "cannot write" in errors[0] and "No space left" in errors[0]
+    assert (tmp_path / file).read_text() == "of an earlier run"
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_nobody_reads_the_output(small, tmp_path):
+    """`byol.py | head -1`: the run goes on to its end."""
+    command = [sys.executable, str(ROOT / "byol.py"), *small, "--log-every", "1"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        errors = process.stderr.read().decode()
+    assert "Traceback" not in errors and log_of(tmp_path / "out")[-1]["step"] == 4
+
+
+@pytest.mark.parametrize("names", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "4", "RANK": "3"}])
+def test_names_of_torchrun_without_torchrun(names, small, tmp_path):
+    """One line, exit code 2; a RANK alone means nothing, and the run is that of one process."""
+    command = [sys.executable, str(ROOT / "byol.py"), *small, "--max-steps", "1"]
+    done = subprocess.run(command, env={**os.environ, **names}, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert "WORLD_SIZE" in done.stderr
+    env = {**os.environ, "RANK": "1", "LOCAL_RANK": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "chance level" in done.stdout
+    assert (tmp_path / "out/last.pth").exists()
+
+
+def _killed_while_reading(argv):
+    read = common.read_clips
+
+    def dying(path, *args, **more):
+        if torch.utils.data.get_worker_info() and path.endswith("06.mp4"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(path, *args, **more)
+
+    common.read_clips = dying
+    eval_linear.main(argv)
+
+
+def test_a_worker_that_dies_in_an_evaluation(folder, tmp_path, capfd):
+    """Exit code 1, and one line that names the video."""
+    flags = ["--weights", "random", "--small", "--data", str(folder), "--val", str(folder)]
+    flags += ["--workers", "1", "--out", str(tmp_path / "out")]
+    assert run_ranks(1, _killed_while_reading, flags) == [1]
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert "06.mp4" in line and " error: " in line

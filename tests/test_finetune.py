@@ -1,6 +1,7 @@
 """Fine-tuning: the official split files, training of all layers, what is reported."""
 
 import json
+import math
 import os
 import signal
 from argparse import Namespace
@@ -284,7 +285,12 @@ def test_settings_of_a_data_set_and_flags_that_win():
     assert (args.lr, args.epochs, args.lr_steps, args.dropout) == (0.15, 57, (5,), 0.5)
     args = parse("--data x --dataset ucf101")
     assert (args.lr, args.epochs, args.lr_steps, args.dropout) == (0.01, 200, (0,), 0.8)
-    assert parse("--data x --dataset ssv2 --small").epochs == 40
+    args = parse("--data x --dataset ssv2 --small")
+    assert (args.epochs, args.augment) == (40, "crop")  # left and right are classes
+    args = parse("--data x --dataset ava --epochs 8")  # a quarter
+    assert (args.lr_steps, args.warmup_epochs, args.epochs) == ((4, 6, 7), 1.325, 8)
+    args = parse("--data x --dataset ava --epochs 8 --lr-steps 5")
+    assert args.lr_steps == (5,)
 
 
 def test_learning_rate_in_steps():
@@ -542,7 +548,7 @@ def test_how_views_are_joined(monkeypatch):
     monkeypatch.setattr(finetune, "annotate", lambda *_: [[(0, 0.0, 1.0)], []])
     args = Namespace(dataset="charades", test_clips=2, test_crops=1)
     for test in (finetune.test_charades, finetune.test_classes):
-        test(args, Namespace(encoder=lambda x: x), [0, 1], range(157))
+        test(args, lambda clips: (None, clips[:, 0]), [0, 1], range(157))
     e = np.exp(views.numpy())
     assert joined[0].numpy() == pytest.approx((e / (1 + e)).max(0))
     assert joined[1].numpy() == pytest.approx((e / e.sum(1, keepdims=True)).mean(0))
@@ -564,3 +570,47 @@ def test_ava_has_80_actions(action):
     """Numbers outside of 1 to 80 are refused."""
     with pytest.raises(ValueError):
         finetune.key_frames(f"film,900,0.1,0.1,0.5,0.5,{action},1\n")
+
+
+@pytest.mark.parametrize("box", ["10,10,50,50", "0.5,0.1,0.4,0.2", "0.1,0.1,0.1,0.2"])
+def test_boxes_in_pixels_are_refused(box):
+    """AVA's boxes are shares of width and height; others would be a wrong number in silence."""
+    with pytest.raises(ValueError, match="is none in shares"):
+        finetune.key_frames(f"F1,902,{box},12,1\n")
+    assert len(finetune.key_frames("F1,902,-0.01,0.1,0.4,1.02,12,1\n")) == 1  # of a detector
+
+
+def test_lists_that_lie_there_twice(hmdb51, argv):
+    """HMDB51's split files in two folders: each video counts once."""
+    args = Namespace(data=str(hmdb51), split=1)
+    once = finetune.hmdb51(args, "train")
+    deeper = hmdb51 / "again"
+    deeper.mkdir()
+    for path in hmdb51.rglob("*_test_split1.txt"):
+        if path.parent != deeper:
+            (deeper / path.name).write_text(path.read_text())
+    assert sorted(finetune.hmdb51(args, "train")) == sorted(once)
+
+
+def test_no_precision_is_no_number():
+    """mAP over no class is none, not 0."""
+    assert finetune.mean_precision(["a", "b"], [math.nan] * 2) == {"map": None, "per_class": {}}
+
+
+def test_val_of_an_official_data_set(argv, ucf101, tmp_path, capfd):
+    """Official lists say what is tested: a --val beside them is refused, not ignored."""
+    line = refused([*argv, "--val", str(tmp_path)], capfd)
+    assert "--val is for --dataset folder" in line
+
+
+@pytest.mark.parametrize("kind", ["Classifier", "Detector"])
+def test_scores_are_exact_under_autocast(kind):
+    """In bfloat16 many of a thousand scores would tie, and mean average precision takes equal
+    scores as one; the classifier works in float32."""
+    args = Namespace(backbone="tiny", dropout=0.0, low_memory=False)
+    model = getattr(finetune, kind)(args, 1000).eval()
+    boxes = [torch.tensor([[[[2.0, 2.0, 20.0, 20.0]]]])] * (kind == "Detector")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        scores = model(torch.randn(1, 1, 3, 4, 32, 32), *boxes)[1].flatten()
+    assert scores.dtype == torch.float32
+    assert (scores.bfloat16().float() != scores).float().mean() > 0.9

@@ -331,3 +331,97 @@ def test_checkpoint_of_another_method(other, checkpoints, argv, tmp_path, capfd)
         content["args"]["out"] = str(tmp_path / "own")
         torch.save(content, tmp_path / "own/last.pth")
         assert change.split()[0] in refused(byol, flags, capfd)
+
+
+# --- what looks right
+
+
+def test_another_folder_of_the_same_names(checkpoints, argv, tmp_path, folder, capfd):
+    """A resume with --data of other videos that are called the same: refused, both are named; a
+    slash at the end is no other folder."""
+    shutil.copytree(folder, tmp_path / "copy")
+    byol.main([*argv(byol), "--max-steps", "1"])
+    line = refused(byol, [*argv(byol), "--data", str(tmp_path / "copy")], capfd)
+    assert f"--data {folder}, not {tmp_path / 'copy'}" in line
+    byol.main([*argv(byol), "--data", f"{folder}/", "--max-steps", "2"])
+
+
+def test_a_folder_of_train_and_val(folder, argv, tmp_path, capfd):
+    """Pre-training takes the folder train of such a root, as the evaluations do, and leaves val."""
+    shutil.copytree(folder, tmp_path / "root/train")
+    shutil.copytree(folder / "odd", tmp_path / "root/val/odd")
+    flags = ["--data", str(tmp_path / "root"), "--max-steps", "1"]
+    byol.main([*argv(byol), *flags])
+    assert f"data: 13 videos, {tmp_path / 'root/train'}" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("classes, expected", [("odd new", 6), ("new", 2), ("", 2)])
+def test_a_sibling_val_of_other_classes(classes, expected, folder, argv, tmp_path):
+    """The kNN curve is of the videos of the folder val beside train whose class is known; if there
+    are none, of every fifth training video. It ends no run."""
+    shutil.copytree(folder, tmp_path / "train")
+    (tmp_path / "val").mkdir()
+    for name in classes.split():
+        shutil.copytree(folder / "odd", tmp_path / "val" / name)
+    (_, _), (_, queries) = common._held_out(common.Videos(tmp_path / "train"))
+    assert len(queries) == (expected if "odd" in classes else 3)
+    flags = [*argv(byol), "--data", str(tmp_path / "train"), "--knn-every", "1"]
+    byol.main([*flags, "--epochs", "1", "--warmup-epochs", "0"])
+    assert "knn_top1" in log_of(tmp_path / "out")[-1]
+
+
+def test_flags_before_the_demo_is_made(tmp_path, monkeypatch, capfd):
+    """Settings that cannot work are refused before half a minute goes into the demo's videos."""
+    monkeypatch.chdir(tmp_path)
+    assert "--batch-size 1" in refused(byol, ["--batch-size", "1"], capfd)
+    assert "5 or more --frames" in refused(byol, ["--backbone", "s3d", "--frames", "4"], capfd)
+    assert "--size of 17" in refused(byol, ["--backbone", "s3d_g", "--size", "16"], capfd)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize("name", ["s3d", "s3d_g"])
+def test_the_least_that_s3d_takes(name):
+    """5 frames of 17 pixels go through; 4 frames or 16 pixels, which are refused, would not."""
+    network = common.backbone(name).eval()
+    with torch.no_grad():
+        assert network(torch.zeros(1, 3, 5, 17, 17)).shape == (1, network.feature_dim)
+        for shape in ((4, 17, 17), (5, 16, 16)):
+            with pytest.raises(RuntimeError):
+                network(torch.zeros(1, 3, *shape))
+
+
+def test_check_data_of_any_name(tmp_path, small, capfd):
+    """A name that is no UTF-8, of a good video and of a bad one: the list has it byte for byte, and
+    trains."""
+    (tmp_path / "data").mkdir()
+    for i in range(6):
+        make_video(tmp_path / f"data/{os.fsdecode(b'%d-' % i)}\udce9.mp4", n=10, size=(48, 36))
+    (tmp_path / "data/\udcff.mp4").write_text("no video")
+    flags = [*small, "--data", str(tmp_path / "data")]
+    with pytest.raises(SystemExit) as stop:
+        byol.main([*flags, "--check-data"])
+    assert stop.value.code == 0 and "\\udcff.mp4" in capfd.readouterr().out
+    clean = (tmp_path / "out/clean.txt").read_bytes()
+    assert clean.count(b"\xe9.mp4") == 6 and b"\xff" not in clean
+    byol.main([*flags, "--data", str(tmp_path / "out/clean.txt"), "--max-steps", "1"])
+
+
+def test_files_that_are_devices(argv, tmp_path, capfd):
+    """Features and pictures go to files; a device in their place is refused, and stays."""
+    line = refused(eval_linear, [*argv(eval_linear), "--extract", "/dev/full"], capfd)
+    assert "cannot write a file there" in line and not Path("/dev/full").is_file()
+    with pytest.raises(SystemExit) as stop:
+        byol.main([*argv(byol), "--show-views", "/dev/full"])
+    assert stop.value.code == 1 and "cannot write /dev/full" in capfd.readouterr().err
+    assert not Path("/dev/full").is_file()
+
+
+def test_an_unreadable_list(argv, open_place, capfd):
+    """A list that this user may not read, and a name too long for any file: one line, exit 2."""
+    (open_place / "list.txt").write_text("a.mp4\n")
+    (open_place / "list.txt").chmod(0)
+    for data in (str(open_place / "list.txt"), "x" * 5000):
+        capfd.readouterr()
+        assert run_ranks(1, _as_nobody, byol, [*argv(byol), "--data", data]) == [2]
+        (line,) = capfd.readouterr().err.strip().splitlines()
+        assert " error: --data" in line

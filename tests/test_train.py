@@ -624,8 +624,33 @@ def test_warm_up_in_proportion(script, flags, expected):
     assert args.warmup_epochs == pytest.approx(expected)
 
 
-def test_the_last_line_evaluates_the_same_data(small, folder, capfd):
+def test_the_last_line_evaluates_the_same_data(small, folder, tmp_path, capfd):
     """Of one's own data the command that is printed says so."""
     run("byol", small)
     last = capfd.readouterr().out.strip().splitlines()[-1]
     assert last.startswith("evaluate: python eval_linear.py") and f"--data {folder}" in last
+    config = torch.load(tmp_path / "out/backbone.pth", weights_only=True)["config"]
+    assert config["finished"] is True
+
+
+@pytest.mark.parametrize("flags", ["", "--low-memory"])
+@pytest.mark.parametrize("method", METHODS)
+def test_compile(method, flags, small, tmp_path, monkeypatch):
+    """--compile, with --low-memory too, gives the run without it but for rounding, and goes on from
+    it. (With the compiler that generates no code: what is traced and cut is what is tested.)"""
+    plain = torch.nn.Module.compile
+    compiled = []
+
+    def traced(self):
+        compiled.append(self)
+        plain(self, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    run(method, [*small, *flags.split(), "--max-steps", "2"])
+    run(method, [*small, *flags.split(), "--compile"])
+    run(method, [*small, "--out", str(tmp_path / "whole")])
+    assert len(compiled) == 1 + (method in ("moco", "byol"))
+    one, two = (torch.load(tmp_path / f"{n}/last.pth", weights_only=True) for n in ("out", "whole"))
+    assert one["model"].keys() == two["model"].keys()
+    for name, tensor in one["model"].items():
+        torch.testing.assert_close(tensor, two["model"][name], atol=1e-3, rtol=1e-2)
