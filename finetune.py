@@ -106,10 +106,10 @@ def sample_clips(duration, span, rho, timespan, rng):
 
 def segments(args, duration, span, rho=0, timespan=None, rng=None):
     """Times (seconds) of all frames of a clip, one from each of T equal parts of the video: random
-    ones, or of args.test_clips clips without rng the middles of equal parts of those (SSV:159)."""
-    within = (np.arange(args.test_clips)[:, None] + 0.5) / args.test_clips
-    within = within if rng is None else rng.random((rho, args.frames))
-    return ((np.arange(args.frames) + within) * duration / args.frames).tolist()  # (clips, T)
+    ones, or for testing, without rng, 1/2n, 3/2n, ... into each part, of n test clips (SSV:159)."""
+    share = (np.arange(args.test_clips)[:, None] + 0.5) / args.test_clips
+    share = share if rng is None else rng.random((rho, args.frames))
+    return ((np.arange(args.frames) + share) * duration / args.frames).tolist()  # (clips, T)
 
 
 def around(duration, span, rho=1, timespan=None, rng=None, moment=0.0):
