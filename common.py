@@ -34,7 +34,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from av.video.reformatter import VideoReformatter
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -125,7 +124,7 @@ def _prepare(args, n):
         args.batch_size = min(4, max(1, min(args.batch_size, n) // world_size())) * world_size()
     loose = any(getattr(args, name, "") for name in ("cached", "extract", "check_data"))
     if args.batch_size > n and not loose:
-        fail(f"--batch-size {args.batch_size}: there are only {n} videos")
+        fail(f"--batch-size {args.batch_size}: there are only {n} videos, so {n} at most")
     if rank() > 0 or args.show_views:
         return
     try:
@@ -179,7 +178,7 @@ def _parse(recipe, argv):
     parser.error = fail
     flags = {}
     for lines in (recipe, _Flags):
-        title = f"{lines.__name__.strip('_').lower()}: meaning [paper's default; demo's]"
+        title = f"{lines.__name__.strip('_').lower()}: meaning [paper's default; demo's], or [both]"
         group, source = parser.add_argument_group(title), inspect.getsource(lines)
         for name, text in re.findall(r"^    (\w+) = .*?  # (.+)$", source, re.MULTILINE):
             paper, demo = vars(lines)[name]
@@ -202,7 +201,7 @@ def _parse(recipe, argv):
             if name == "warmup_epochs":  # which was chosen for so many epochs
                 value *= args.epochs / flags["epochs"][1 + small]
         if value == "" and ", needed" in text:
-            fail(f"{flag} is missing: {text}")
+            fail(f"{flag} is missing, a {text}")
         setattr(args, name, tuple(value) if isinstance(value, list) else value)
         least = -1 if "-1 = " in text else 0 if "0 = " in text else 1e-12
         most = 1 if ", 1 = " in text else math.inf
@@ -461,7 +460,7 @@ def _frames_at(container, stream, times, size):
     longest = 16 * size if size else max(first.height, first.width)  # 4096 x 2 would be huge
     height, width = (min(max(1, round(s * scale)), longest) for s in (first.height, first.width))
     pictures = np.empty((len(times), height, width, 3), dtype=np.uint8)
-    reformatter, picture = VideoReformatter(), None
+    reformatter, picture = av.video.reformatter.VideoReformatter(), None
     for k in np.argsort(times, kind="stable"):
         limit = zero + max(times[k], 0.0) + 1e-3
         if coming and coming[0] <= limit and _worth_seeking(stream, coming, limit):
@@ -596,8 +595,7 @@ _MEAN, _STD = 0.45, 0.225  # of every channel (DEF:687)
 
 
 def _operators(args):
-    """What crops a decoded clip, and what follows; each draws once for all frames (TRF:1073; tint
-    TRF:1102)."""
+    """What crops a clip, and what follows; each draws once for all frames (TRF:1073, tint 1102)."""
     names = set(args.augment.split(",")) - {"none"}
     table = {
         "flip": v2.RandomHorizontalFlip(0.5),
@@ -1159,9 +1157,9 @@ def _load(args, videos, numbers, make):
 class _Run:
     """A training run as a script sees it, one step after the other.
 
-    clips: (B, V, 3, T, H, W) float32; labels: (B,), -1 for none; starts: seconds, (B, V) or (B, V,
-    T); boxes: (B, V, M, 4); epoch: fractional, before this step, and ends_epoch: whether it is the
-    last of one; progress: the share of the run that is over after this step, 1 at the last.
+    clips: (B, V, 3, T, H, W) float32; labels: (B,), -1 for none; starts: (B, V) or (B, V, T)
+    seconds; boxes: (B, V, M, 4); epoch: fractional, before the step; ends_epoch: the step does;
+    progress: the share of the run that is over after it, 1 at the last.
     """
 
     autocast = staticmethod(autocast)
@@ -1183,11 +1181,11 @@ class _Run:
         self.before = [b.clone() for b in self.statistics]
 
     def announce(self):
-        args, share = self.args, self.args.batch_size // world_size()
-        say(f"batch: {args.batch_size} videos = {world_size()} x {share}, {args.views} views each")
-        words = f"{args.lr:g} x {args.batch_size} / 64 x {max(1, args.views / 2):g}"
-        reached = learning_rate(args, args.warmup_epochs)
-        say(f"lr: {words} = {_peak(args):g}; after warm-up {reached:g}")
+        args, ranks = self.args, world_size()
+        n, views, reached = args.batch_size, args.views, learning_rate(args, args.warmup_epochs)
+        say(f"batch: {n} videos = {ranks} x {n // ranks}, {views} views each")
+        words = f"{args.lr:g} x {n} videos x {views} views / {64 * min(2, views)}"
+        say(f"lr: {words} = {_peak(args):g}; {reached:g} when warm-up ends")
         say(f"chance level of the loss: {self.chance:.4f}")
 
     def begin(self, batches):
@@ -1363,11 +1361,11 @@ class _Run:
         for name in sorted(vars(self.args), key=lambda name: name != "method"):
             flag = name.removesuffix("_hash")  # a hash stands for what it is of
             if content["args"].get(name) != vars(self.args)[name] and name not in free:
-                was, now = (values.get(flag) for values in (content["args"], vars(self.args)))
-                words = f"{flag.replace('_', '-')} {was or 'none'}, not {now or 'none'}"
-                if was == now:
-                    words = f"{flag} {was or 'none'}, which is not what it was"
-                fail(f"{path} was made with --{words}; choose another --out")
+                both = (values.get(flag) for values in (content["args"], vars(self.args)))
+                was, now = ("none" if value in ("", None) else value for value in both)
+                words = "which is not what it was" if was == now else f"not {now}"
+                flag = flag.replace("_", "-")
+                fail(f"{path} was made with --{flag} {was}, {words}; choose another --out")
         if not _finite(content["model"], content["optimizer"]):
             raise ValueError("some of its weights are not finite")
         if not 0 <= content["number"] <= self.total or content["log_bytes"] < 0:
@@ -1431,6 +1429,8 @@ def train(args, videos, model, optimizer, sample_clips, chance):
     say(f"done, {run.number} of {run.total} steps: {args.out}/last.pth")
     if "rho" in args:
         data = f" --data {shlex.quote(args.data)}{' --small' * args.small}" if args.data else ""
+        if args.data and not os.path.isdir(f"{videos.root}/../val"):
+            data += " --val TEST_VIDEOS"
         say(f"evaluate: python eval_linear.py --weights {shlex.quote(args.out)}/backbone.pth{data}")
 
 

@@ -31,20 +31,20 @@ import common
 
 
 class Recipe:  # name = paper, demo  # meaning, which is the text of --help
-    weights = "", ""  # file of a backbone, needed; random: a baseline that has learned nothing
+    weights = "", ""  # file of a backbone, needed, or random: one that has learned nothing
     val = "", ""  # folder or list of the test videos; none: the folder val beside train in --data
     extract = "", ""  # NPZ file: write features, labels, paths of the --data in order, and stop
     allow_missing = False, False  # leave videos out that cannot be read, and say how many
     backbone = "", ""  # network; none: as the weights were trained, as are the next three
     frames = 0, 0  # frames of a clip, 0 = as trained
-    stride = 0, 0  # distance of two frames in 1/30 s, 0 = as trained
+    stride = 0, 0  # from one frame to the next, in 1/30 s, 0 = as trained
     size = 0, 0  # height and width of a clip in training, in pixels, 0 = as trained
     test_size = 0, 0  # and in testing, 0 = 256/224 of that
     test_clips = 10, 10  # of a video, evenly over its length
     test_crops = 3, 3  # of a clip, evenly along its long side
     cached_clips = 4, 4  # of a video, one crop each, for kNN and --cached
     cached = False, True  # extract features once; train and test the classifier on them
-    augment = "crop,flip", "crop,flip"  # operators, or none
+    augment = "crop,flip", "crop,flip"  # in training without --cached; none: the middle
     adapt_bn = False, False  # BN in training mode, as in the released code
     epochs = 60, 60  # passes over the videos
     batch_size = 64, 64  # videos of a step, over all processes

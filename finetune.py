@@ -42,19 +42,19 @@ import common
 
 class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     weights = "", ""  # file of a backbone to start from; none: from scratch
-    dataset = "folder", "folder"  # or ucf101, hmdb51, ssv2, charades, ava: what lists the videos
+    dataset = "folder", "folder"  # folder, ucf101, hmdb51, ssv2, charades or ava: lists of videos
     split = 1, 1  # of ucf101 and hmdb51: 1, 2 or 3
     val = "", ""  # folder or list of the test videos; none: the folder val beside train in --data
     boxes = "", ""  # of ava, to test on: csv of detected ones with scores; none: the annotated
     allow_missing = False, False  # leave videos out that cannot be read, and say how many
     backbone = "", ""  # network; none: as the weights were trained, as are the next three
     frames = 0, 0  # frames of a clip, 0 = as trained
-    stride = 0, 0  # distance of two frames in 1/30 s, 0 = as trained
+    stride = 0, 0  # from one frame to the next, in 1/30 s, 0 = as trained
     size = 0, 0  # height and width of a clip in training, in pixels, 0 = as trained
     test_size = 0, 0  # and in testing, 0 = 256/224 of that
     test_clips = 10, 4  # of a video, evenly over its length
     test_crops = 3, 1  # of a clip, evenly along its long side
-    augment = "crop,flip,tint", "crop,flip"  # operators, or none
+    augment = "crop,flip,tint", "crop,flip"  # in training; tint: gray and colours; none: the middle
     dropout = 0.8, 0.0  # before the classifier, 0 = none, 1 = all
     epochs = 200, 40  # passes over the videos
     batch_size = 64, 40  # videos of a step, over all processes

@@ -37,11 +37,11 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     timespan = None, None  # seconds in which all rho clips start; None = the whole video
     backbone = "slow_r50", "tiny"  # slow_r50, r2plus1d_18, s3d, s3d_g or tiny
     frames = 8, 8  # frames of a clip
-    stride = 8, 4  # distance of two frames, in 1/30 s
-    short_side = (256, 256), (64, 64)  # of the decoded video, drawn between the two, in pixels
+    stride = 8, 4  # from one frame to the next, in 1/30 s
+    short_side = (256, 256), (64, 64)  # least and largest of a decoded video, in pixels
     size = 224, 32  # height and width of a clip, cut out of that, in pixels
     augment = "crop,flip,jitter,gray,blur", "crop,flip,gray"  # also rotate,cutout,noise,sobel,none
-    crop_area = (0.2, 0.766), (0.4, 1.0)  # least and largest share of the picture that is cropped
+    crop_area = (0.2, 0.766), (0.4, 1.0)  # least and largest share of the picture in a crop
     epochs = 200, 40  # passes over the videos
     batch_size = 64, 40  # videos of a step, over all processes
     optimizer = "sgd", "adamw"  # lars, sgd or adamw
@@ -52,7 +52,7 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     batch_norm = "plain", "plain"  # sync: over all GPUs; plain: over each GPU's share
     projector = (2048, 2048, 128), (256, 64)  # widths of its layers
     projector_bn = False, True  # BN after its hidden layers
-    momentum = 0.994, 0.95  # of the target network at first, annealed; 0 = a copy, 1 = stays
+    momentum = 0.994, 0.95  # of the target network; it ends at 1; 0 = a copy, 1 = stays
     queue = 65536, 240  # keys that are remembered
     temperature = 0.1, 0.2  # of the softmax over one positive and the queue
 
@@ -124,7 +124,7 @@ def momentum(start, progress):
 
 @torch.no_grad()
 def update_target(target, encoder, momentum):
-    """target <- momentum * target + (1 - momentum) * encoder; BN statistics are its own."""
+    """target <- momentum * target + (1 - momentum) * encoder; it keeps its own BN statistics."""
     for slow, fast in zip(target.parameters(), encoder.parameters(), strict=True):
         slow.lerp_(fast, 1 - momentum)
 

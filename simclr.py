@@ -32,11 +32,11 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     timespan = None, None  # seconds in which all rho clips start; None = the whole video
     backbone = "slow_r50", "tiny"  # slow_r50, r2plus1d_18, s3d, s3d_g or tiny
     frames = 8, 8  # frames of a clip
-    stride = 8, 4  # distance of two frames, in 1/30 s
-    short_side = (224, 224), (64, 64)  # of the decoded video, drawn between the two, in pixels
+    stride = 8, 4  # from one frame to the next, in 1/30 s
+    short_side = (224, 224), (64, 64)  # least and largest of a decoded video, in pixels
     size = 224, 32  # height and width of a clip, cut out of that, in pixels
     augment = "crop,flip,jitter,gray,blur", "crop,flip,gray"  # also rotate,cutout,noise,sobel,none
-    crop_area = (0.2, 0.766), (0.4, 1.0)  # least and largest share of the picture that is cropped
+    crop_area = (0.2, 0.766), (0.4, 1.0)  # least and largest share of the picture in a crop
     epochs = 200, 40  # passes over the videos
     batch_size = 64, 40  # videos of a step, over all processes
     optimizer = "lars", "adamw"  # lars, sgd or adamw
@@ -63,7 +63,8 @@ def sample_clips(duration, span, rho, timespan, rng):
 
 
 def nt_xent(z, temperature):
-    """Contrast views z, (B, V, D) of unit length, with those of other videos; mean over i != j."""
+    """Find view j of the same video by view i among the views of all other videos: z (B, V, D) of
+    unit length; mean over i != j."""
     B, V, _ = z.shape
     similarity = torch.einsum("bid,njd->binj", z, z) / temperature  # (B, V, B, V)
     own = torch.eye(B, dtype=torch.bool, device=z.device)[:, None, :, None]  # (B, 1, B, 1)

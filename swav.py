@@ -34,11 +34,11 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     timespan = None, None  # seconds in which all rho clips start; None = the whole video
     backbone = "slow_r50", "tiny"  # slow_r50, r2plus1d_18, s3d, s3d_g or tiny
     frames = 8, 8  # frames of a clip
-    stride = 8, 4  # distance of two frames, in 1/30 s
-    short_side = (224, 224), (64, 64)  # of the decoded video, drawn between the two, in pixels
+    stride = 8, 4  # from one frame to the next, in 1/30 s
+    short_side = (224, 224), (64, 64)  # least and largest of a decoded video, in pixels
     size = 224, 32  # height and width of a clip, cut out of that, in pixels
     augment = "crop,flip,jitter,gray,blur", "crop,flip,gray"  # also rotate,cutout,noise,sobel,none
-    crop_area = (0.2, 0.766), (0.4, 1.0)  # least and largest share of the picture that is cropped
+    crop_area = (0.2, 0.766), (0.4, 1.0)  # least and largest share of the picture in a crop
     epochs = 200, 40  # passes over the videos
     batch_size = 64, 40  # videos of a step, over all processes
     optimizer = "lars", "adamw"  # lars, sgd or adamw
@@ -104,7 +104,7 @@ class SwAV(nn.Module):
         """(B, V, 3, T, H, W) -> projections (B, V, D) of unit length, scores (B, V, K)."""
         z = common.per_view(self.encoder, clips, self.low_memory)
         z = F.normalize(z, dim=-1)
-        with torch.autocast(z.device.type, enabled=False):  # epsilon would magnify its rounding
+        with torch.autocast(z.device.type, enabled=False):  # too coarse to divide by epsilon
             return z, self.prototypes(z)
 
 
