@@ -200,3 +200,16 @@ def test_slow_tests_wait_to_be_asked(capfd):
         lines = [line for line in capfd.readouterr().out.splitlines() if "::" in line]
         collected[words] = {line.split("::")[0].rpartition("/")[2] for line in lines}
     assert collected == {(): {"test_readme.py"}, ("-m", "slow"): {"test_slow.py"}}
+
+
+def test_features_block(tmp_path, monkeypatch, capsys):
+    """The block that reads features.npz names the five videos most like the first, in order."""
+    import numpy as np
+
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "npz" in b)
+    monkeypatch.chdir(tmp_path)
+    angles = np.array([0.0, 0.5, 0.1, 3.0, 0.3, 0.2, 0.4])
+    features = np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.arange(1, 8)[:, None]
+    np.savez("features.npz", features=features, labels=angles, paths=np.array([*"abcdefg"]))
+    exec(block, {})
+    assert capsys.readouterr().out == "a ['c' 'f' 'e' 'g' 'b']\n"
