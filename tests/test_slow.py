@@ -340,7 +340,7 @@ def test_hundreds_of_damaged_videos_train(tmp_path):
         if job.step() != before:
             slowest, moved = max(slowest, time.monotonic() - moved), time.monotonic()
     job.finish()
-    named = re.findall(r"WARN bad video, left out: (.*?\.\w+): ", job.text())
+    named = re.findall(r"WARN bad video, another takes its place: (.*?\.\w+): ", job.text())
     assert len(named) == len(set(named)) == log_of(tmp_path / "out")[-1]["bad_videos"]
     assert len(hopeless) > 10 and {str(path) for path in hopeless} <= set(named)
     assert not any("good-" in name for name in named)
