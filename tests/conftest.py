@@ -27,7 +27,7 @@ SMALL = """--small --backbone tiny --frames 4 --stride 4 --size 16 --batch-size 
 
 def pytest_configure(config):
     """Without an -m of its own, a command runs all but the slow tests."""
-    config.addinivalue_line("markers", "slow: half an hour of kills and a long run (-m slow)")
+    config.addinivalue_line("markers", "slow: 20 minutes of kills and a long run (-m slow)")
     config.option.markexpr = config.option.markexpr or "not slow"
 
 
