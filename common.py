@@ -53,7 +53,7 @@ class _Flags:  # name = paper, demo  # meaning, as in a recipe
     log_every = 10, 10  # steps from one line of the log to the next
     workers = -1, -1  # decoding processes of a rank, 0 = none, -1 = its cores, half on a CPU, to 16
     low_memory = False, False  # re-compute activations in backward: memory of one clip at any rho
-    compile = False, False  # compile the backbones with torch.compile
+    compile = False, False  # the backbones, with torch.compile; little of it is left with SyncBN
     show_views = "", ""  # PNG file: write what the model will see, a row for each view, and stop
     check_data = False, False  # open every video once, name the bad, list the others, and stop
 
@@ -64,8 +64,7 @@ def start(recipe, argv=None, rows=None):
     recipe: a class of lines `name = paper value, demo value  # meaning`: a flag and its help, which
     also says what is refused: a number must be above 0 unless "0 = " or "-1 = " is in it, at most 1
     if ", 1 = " is; text with ", needed" must be given. rows(args): (path, label) of the videos, or
-    None for those of --data. Returns the arguments (with `method`, `views`) and the Videos.
-    """
+    None for those of --data. Returns the arguments (with `method`, `views`) and the Videos."""
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # nothing to save before the first step
     args, pretraining = _parse(recipe, argv), hasattr(recipe, "rho")
     source = Path(inspect.getfile(recipe))
@@ -215,7 +214,7 @@ def _parse(recipe, argv):
 
 def _check(args):
     """Refuse settings that cannot work before anything long starts."""
-    if "WORLD_SIZE" in os.environ and not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= set(os.environ):
+    if os.environ.get("WORLD_SIZE", "1") != "1" and "LOCAL_RANK" not in os.environ:
         fail("WORLD_SIZE is set, but not by torchrun: start with torchrun, or unset it")
     ranks, batch = world_size(), args.batch_size
     near = max(2, round(batch / ranks)) * ranks
@@ -277,11 +276,9 @@ def device():
 
 def gather(x):
     """(B, ...) of each rank -> (W * B, ...) on every rank, rank-major.
-
     The gradient is exact: if each rank computes the same loss from the result, DDP's mean over
     ranks is the gradient of that loss on the joint batch. (This rank's part gets W times its
-    gradient, which the mean divides by W.)
-    """
+    gradient, which the mean divides by W.)"""
     if world_size() == 1:
         return x
     x = x.contiguous()
@@ -305,9 +302,11 @@ def distribute(model, args):
     say(f"model: {args.backbone}, {own:,} parameters; trained, heads included: {trained:,}")
     if world_size() > 1 and args.batch_norm == "sync" and device().type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
-    for module in model.modules():  # not the whole, with its gathering and re-computing
-        if args.compile and isinstance(module, _Backbone):
-            module.compile()
+    if args.compile:  # not the whole, with its gathering and re-computing
+        torch._dynamo.config.optimize_ddp = False  # cuts a graph, but not when it is re-computed
+        for module in model.modules():
+            if isinstance(module, _Backbone):
+                module.compile()
     if world_size() == 1:
         return model
     parallel = nn.parallel.DistributedDataParallel
@@ -390,12 +389,10 @@ def _open(path):
 
 def read_clips(path, starts, frames, stride, size=None):
     """Decode clips of one video, in the order of `starts`, with one open and one thread.
-
     starts: seconds from the first frame, (clips,), or the times of all frames, (clips, T), or what
     makes them from the duration. Frame i is the one on display at start + i * stride / 30 seconds:
     the last whose time stamp is at most 1 ms later; past the end the last frame repeats. size: the
-    short side in pixels. Returns (clips, T, H, W, 3) uint8 RGB, or raises ValueError.
-    """
+    short side in pixels. Returns (clips, T, H, W, 3) uint8 RGB, or raises ValueError."""
     try:
         with _open(path) as container:
             stream = container.streams.best("video")
@@ -514,12 +511,10 @@ _TRICKS = ["spin", "bounce", "swing", "pulse"]
 
 
 def demo_videos(folder, seed=0, scenes=4, train=400, val=200):
-    """Make the demo's mp4 files, <folder>/{train,val}/<coat>-<trick>/NNNN.mp4, unless they exist.
-
-    An acrobat in a coat does a trick for 4 s (60 frames, 64 x 64) while backdrop, colours and light
-    change `scenes` - 1 times. Coat and trick are the class, and last; what changes is the nuisance
-    that clips from different times do not share. Identical for a seed. Returns the folder.
-    """
+    """Make the demo's mp4 files, <folder>/{train,val}/<coat>-<trick>/NNNN.mp4, unless they exist,
+    the same for a seed. An acrobat in a coat does a trick for 4 s (60 frames, 64 x 64) while
+    backdrop, colours and light change `scenes` - 1 times. Coat and trick are the class, and last;
+    what changes is a nuisance that clips from different times do not share. Returns the folder."""
     folder = Path(folder)
     while rank() > 0 and os.environ["LOCAL_RANK"] != "0" and not folder.exists():
         time.sleep(0.2)  # if the process that makes them dies, torchrun ends this one
@@ -632,12 +627,9 @@ def _sobel(clip):
 
 
 def _batch(args, videos, sample_clips, on_cpu, step):
-    """This rank's part, a contiguous slice, of the batch of a step, in a worker.
-
-    Returns views (B, V, ...), seeds (B, V), starts (B, V), boxes (B, V, M, 4), numbers of the
-    videos (B,), and the reasons of bad ones. Views are (T, 3, H, W) uint8, or (3, T, H, W) float32
-    where there is no GPU to finish them.
-    """
+    """This rank's part, a contiguous slice, of the batch of a step, in a worker: views (B, V, ...),
+    seeds (B, V), starts (B, V) or (B, V, T), boxes (B, V, M, 4), numbers of the videos (B,), and
+    the reasons of bad ones. A view is (T, 3, H, W) uint8, on a CPU (3, T, H, W) float32, done."""
     epoch, i = divmod(step, len(videos) // args.batch_size)
     order = np.random.default_rng((args.seed, epoch)).permutation(len(videos))
     share = args.batch_size // world_size()
@@ -750,8 +742,7 @@ def _quiet(_=None):
 class _Backbone(nn.Sequential):
     """Named stages in a row: features(x) is the last map; calling it adds the global average.
 
-    (B, 3, T, H, W) of any size -> (B, feature_dim) float32.
-    """
+    (B, 3, T, H, W) of any size -> (B, feature_dim) float32."""
 
     def __init__(self, feature_dim, stages):
         super().__init__(OrderedDict(stages))
@@ -914,9 +905,9 @@ def write(path, save):
     temporary = Path(f"{path}.tmp")
     if rank() > 0:
         return
+    if os.path.exists(path) and not os.path.isfile(path):
+        fail(f"cannot write {path}: it is there, and no file", code=1)
     try:
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise OSError("it is there, and no file")
         with open(temporary, "wb") as file:
             save(file)
             file.flush()
@@ -952,10 +943,8 @@ def load(network, args):
 
 def load_weights(network, path):
     """Load a backbone: from our backbone.pth or last.pth, the released contrastive .pyth (its query
-    network) or classifier, pytorchvideo's slow_r50, torchvision's r2plus1d_18 or s3d.
-
-    Returns the number of tensors, all of the backbone's, or raises ValueError, one line.
-    """
+    network) or classifier, pytorchvideo's slow_r50, torchvision's r2plus1d_18 or s3d. Returns the
+    number of tensors, all of the backbone's, or raises ValueError, one line."""
     content = _read(path)
     for key in ("model_state", "state_dict", "model"):
         content = content[key] if isinstance(content, dict) and key in content else content
@@ -986,8 +975,7 @@ class LARS(torch.optim.Optimizer):
     """SGD with Nesterov momentum, each weight's step scaled to the weight's norm (OPT:262).
 
     A tensor of two or more dimensions: g <- (g + wd w) trust |w| / (|g| + wd |w| + 1e-8), if both
-    norms are not 0. Biases and BN: the plain gradient, no weight decay.
-    """
+    norms are not 0. Biases and BN: the plain gradient, no weight decay."""
 
     def __init__(self, params, lr, momentum, weight_decay, trust_coefficient=0.001):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
@@ -995,8 +983,10 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:  # _foreach_: one launch on a GPU for many tensors
+        for group in self.param_groups:  # _foreach_: few launches on a GPU for many tensors
             weights = [w for w in group["params"] if w.grad is not None]
+            if not weights:  # which _foreach_ refuses
+                continue
             steps = {w: w.grad for w in weights}
             if wide := [w for w in weights if w.ndim > 1]:
                 steps |= zip(wide, self.scaled(wide, group), strict=True)
@@ -1055,13 +1045,11 @@ def learning_rate(args, epoch):
 def evaluate(args, videos, network, clips, crops=1, which=None):
     """Call a network, in the mode that it is in, on each video's test views, (clips * crops, 3, T,
     H, W); it returns one tensor of any shape.
-
     Clips start at 0, 1/clips, ... of the last possible start (KIN:217), or where the function
     clips(duration, span) says; crops lie evenly along the long side; crops = 0: the whole picture,
     and the network gets its boxes (M, 4) in pixels too. which: numbers of videos, all by default.
     Each is read once, on one rank. Returns, on every rank, rows (n, ...) float32 on the CPU and why
-    videos could not be read: that ends the run if args.allow_missing is False, else it is NaN.
-    """
+    videos could not be read: that ends the run if args.allow_missing is False, else it is NaN."""
     which = range(len(videos)) if which is None else which
     views = partial(_test_views, args, videos, clips, crops)
     rows, problems = {}, []
@@ -1141,14 +1129,30 @@ def autocast():
 
 
 def _load(args, videos, numbers, make):
-    """Yield make(number) of each number, made by worker processes."""
+    """Yield make(number) of each number, made by worker processes; one that dies ends the run."""
     how = dict(num_workers=args.workers, timeout=600 if args.workers else 0)
     how |= dict(worker_init_fn=_quiet, pin_memory=device().type == "cuda")
-    try:
-        yield from DataLoader(numbers, batch_size=None, collate_fn=make, **how)
-    except RuntimeError as error:  # torch's word for a worker that died or hung
+    batches = iter(DataLoader(numbers, batch_size=None, collate_fn=make, **how))
+
+    def end(error):
         last = ", ".join(videos[i] for i in videos.reading.tolist() if i >= 0)
-        fail(f"{str(error).strip().splitlines()[-1]}; the workers were at {last}", code=1)
+        fail(f"{str(error).strip()}; the workers were at {last}", code=1)
+
+    def check(*_):  # in place of torch's handler, which raises wherever this process is
+        try:
+            torch._C._error_if_any_worker_fails()
+        except RuntimeError as error:
+            end(error)
+
+    if args.workers:
+        signal.signal(signal.SIGCHLD, check)
+    try:
+        yield from batches
+    except (RuntimeError, OSError, EOFError) as error:
+        time.sleep(bool(args.workers))  # if a worker has died, its signal ends the run now
+        if "DataLoader timed out" in str(error):
+            end(error)
+        raise
 
 
 # --- loop
@@ -1156,11 +1160,9 @@ def _load(args, videos, numbers, make):
 
 class _Run:
     """A training run as a script sees it, one step after the other.
-
     clips: (B, V, 3, T, H, W) float32; labels: (B,), -1 for none; starts: (B, V) or (B, V, T)
     seconds; boxes: (B, V, M, 4); epoch: fractional, before the step; ends_epoch: the step does;
-    progress: the share of the run that is over after it, 1 at the last.
-    """
+    progress: the share of the run that is over after it, 1 at the last."""
 
     autocast = staticmethod(autocast)
 
@@ -1220,8 +1222,7 @@ class _Run:
     def update(self, loss, features, **more):
         """The optimizer's step, if loss and gradients are finite on all ranks; else gradients and
         BN statistics are put back. features: (B, V, D) and more (numbers) are for the log. Returns
-        whether the step was taken.
-        """
+        whether the step was taken."""
         weights = [w for group in self.optimizer.param_groups for w in group["params"]]
         norm = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
         loss = loss.detach()
@@ -1281,8 +1282,9 @@ class _Run:
         entry |= {"videos_per_second": steps * self.args.batch_size / seconds}
         rounded = {k: float(f"{v:.5g}") for k, v in entry.items() if isinstance(v, float)}
         entry |= {k: v if math.isfinite(v) else None for k, v in rounded.items()}  # JSON has no NaN
-        if self.file:
-            self.file.write(json.dumps(entry).encode() + b"\n")
+        line = json.dumps(entry).encode() + b"\n"
+        if self.file and self.file.write(line) < len(line):
+            raise OSError(28, "No space left on device", "log.jsonl")
         say(json.dumps(entry))
         self.lines.append((loss / max(self.chance, 1e-9), spread, wait))
         self.losses, self.waited, self.since = [], 0.0, time.monotonic()
@@ -1393,11 +1395,8 @@ def _finite(model, optimizer):
 
 def train(args, videos, model, optimizer, sample_clips, chance):
     """Yield a run step by step (see _Run): `clips`, `labels`, `epoch`, `progress`, autocast(),
-    update().
-
-    Owns the rest: order and decoding of the videos, augmentation, learning rate, log, checkpoints,
-    resume, signals. chance: the loss of uninformative features.
-    """
+    update(). Owns the rest: order and decoding of the videos, augmentation, learning rate, log,
+    checkpoints, resume, signals. chance: the loss of uninformative features."""
     args.finished, run = False, _Run(args, videos, model, optimizer, chance)
     if args.show_views:
         run.begin(_loader(run, sample_clips))
@@ -1429,7 +1428,8 @@ def train(args, videos, model, optimizer, sample_clips, chance):
     say(f"done, {run.number} of {run.total} steps: {args.out}/last.pth")
     if "rho" in args:
         data = f" --data {shlex.quote(args.data)}{' --small' * args.small}" if args.data else ""
-        if args.data and not os.path.isdir(f"{videos.root}/../val"):
+        beside = Path(videos.root).absolute().with_name("val")
+        if args.data and not (os.path.isdir(args.data) and beside.is_dir()):
             data += " --val TEST_VIDEOS"
         say(f"evaluate: python eval_linear.py --weights {shlex.quote(args.out)}/backbone.pth{data}")
 

@@ -66,7 +66,7 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     batch_norm = "sync", "sync"  # sync: over all GPUs; plain: over each GPU's share
 
 
-SETTINGS = {  # the study's where not the above, UCF101's; a flag wins; {numbers} go with --epochs
+SETTINGS = {  # the study's where not the above, UCF101's; a flag wins; {numbers} go with the first
     "ssv2": """--epochs 22 --lr 0.12 --lr-steps {14} {18} --warmup-epochs {0.19} --weight-decay 1e-6
         --dropout 0.5 --augment crop --test-clips 1 --test-crops 1""",
     # SlowFast's configs/Charades/SLOWFAST_16x8_R50 (0.0375 per 16 videos), its warm-up unverified
@@ -150,7 +150,7 @@ class Detector(Classifier):
         scale = 2.0 ** round(math.log2(maps.shape[-1] / clips.shape[-1]))  # 1/16 in slow_r50
         parts = roi_align(maps, [*boxes[:, 0].float()], 7, scale, sampling_ratio=0, aligned=True)
         with torch.autocast(clips.device.type, enabled=False):
-            scores = linear(dropout(parts.amax((2, 3)).float()))  # (B * M, classes)
+            scores = linear(dropout(parts.amax((2, 3))))  # (B * M, classes)
         return maps.mean((2, 3))[:, None], scores.unflatten(0, (len(boxes), -1))
 
 
@@ -290,10 +290,10 @@ def key_frames(text, left_out=(), least=0.0):
             continue
         *box, action, last = rest
         x1, y1, x2, y2 = map(float, box)
-        if not (-0.1 < x1 < x2 < 1.1 and -0.1 < y1 < y2 < 1.1):
-            raise ValueError(f"a box of {video} is none in shares of width and height: {box}")
         if least and float(last) < least:
             continue
+        if not (-0.1 < x1 < x2 < 1.1 and -0.1 < y1 < y2 < 1.1):
+            raise ValueError(f"a box of {video} is none in shares of width and height: {box}")
         boxes = frames.setdefault(key, {})
         actions = boxes.setdefault((x1, y1, x2, y2, "" if least else last), [])
         actions += [within(action, 1, 80) - 1] if action not in ("", "-1") else []
@@ -511,10 +511,10 @@ def report(args, classes, expected, numbers, n):
 
 def main(argv=None):
     args, videos = common.start(Recipe, with_settings(argv), rows)
-    if args.boxes and args.dataset != "ava":
-        common.fail(f"--boxes is for --dataset ava, not {args.dataset}")
-    if args.val and args.dataset != "folder":
-        common.fail(f"--val is for --dataset folder; {args.dataset} lists its own test videos")
+    is_ava, is_folder = args.dataset == "ava", args.dataset == "folder"
+    for flag, fits in (("boxes", is_ava), ("val", is_folder), ("compile", not is_ava)):
+        if getattr(args, flag) and not fits:
+            common.fail(f"--{flag} does not go with --dataset {args.dataset}")
     several, sample, classes = args.dataset in ("charades", "ava"), sample_clips, videos.classes
     if args.dataset == "ssv2":
         sample = partial(segments, args)

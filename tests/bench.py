@@ -12,6 +12,8 @@ Ratios of one run on one machine can be compared, absolute numbers only with the
 """
 
 import argparse
+import contextlib
+import gc
 import json
 import os
 import subprocess
@@ -296,14 +298,26 @@ def stepper(name, batch, rho, low_memory=False, size=224, plain=False, compiled=
 def filling(name, rho):
     """The step of the largest batch, of 2^n clips, that fits the GPU, and its number of videos."""
     for clips in (512, 256, 128, 64, 32, 16):
-        try:
+        with contextlib.suppress(RuntimeError):  # out of memory, or no algorithm that fits
             once = stepper(name, clips // rho, rho)
             once()  # the optimizer's state comes with the first step
             once()
             return once, clips // rho
-        except torch.OutOfMemoryError:
-            once = None
-            torch.cuda.empty_cache()
+        once = None  # here, where no traceback holds its tensors
+        free()
+    raise SystemExit(f"{name}: not even 16 clips fit")
+
+
+def free():
+    """Give memory back that nothing uses; a compiled network hangs in a cycle."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch._dynamo.reset()  # so that the next is compiled for its own sizes
+
+
+def matrix_product(n):
+    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in "ab")
+    return lambda: a @ b
 
 
 def contiguous_views(network, clips, low_memory=False):
@@ -315,19 +329,21 @@ def step(quick, folder):
     if common.device().type == "cpu":
         return step_on_cpu(quick)
     torch.backends.cudnn.benchmark = True
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in "ab")
-    peak = 2 * 8192**3 / seconds_of(lambda: a @ b, 10)
+    peak = 2 * 8192**3 / seconds_of(matrix_product(8192), 10)
     say("step", gpu=torch.cuda.get_device_name(), torch=torch.__version__, peak_tflops=peak / 1e12)
     for name in METHODS:
         for rho in (2, 4):
             once, batch = filling(name, rho)
             took = seconds_of(once, 5 if quick else 15)
-            del once
-            torch.cuda.empty_cache()
-            once = stepper(name, batch, rho, compiled=True)
-            compiled = seconds_of(once, 5 if quick else 15)
-            del once
-            torch.cuda.empty_cache()
+            once, compiled = None, None
+            free()
+            try:
+                once = stepper(name, batch, rho, compiled=True)
+                compiled = seconds_of(once, 5 if quick else 15)
+            except Exception as error:  # it may not fit, or there is no compiler
+                say("step", left_out="compiled", reason=str(error).strip().split("\n")[0][:90])
+            once = None
+            free()
             passes = 4 if name in ("moco", "byol") else 3  # forward, backward twice; the target's
             flop = passes * FLOP * batch * rho
             say(
@@ -337,13 +353,13 @@ def step(quick, folder):
                 videos=batch,
                 clips_a_second=batch * rho / took,
                 share_of_peak=flop / took / peak,
-                compiled_speed_up=took / compiled,
+                compiled_speed_up=compiled and took / compiled,
             )
     ordinary(quick)
     for name in METHODS:
         for rho in (1, 2, 4, 8):
             for low_memory in (False, True):
-                torch.cuda.empty_cache()
+                free()
                 torch.cuda.reset_peak_memory_stats()
                 once = stepper(name, 8, rho, low_memory)
                 once()
@@ -357,7 +373,7 @@ def step(quick, folder):
                     low_memory=low_memory,
                     peak_gb=gigabytes,
                 )
-                del once
+                once = None
 
 
 def step_on_cpu(quick):

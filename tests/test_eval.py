@@ -388,7 +388,9 @@ def test_adapt_bn_moves_statistics_only(argv, weights, tmp_path):
     for name, tensor in torch.load(weights, weights_only=True)["state_dict"].items():
         same = torch.equal(after[f"encoder.backbone.{name}"], tensor)
         assert same != ("running" in name or "tracked" in name), name
-    frozen = probe([*argv, "--cached", "--out", str(tmp_path / "frozen")])
+    flags = ["--cached", "--out", str(tmp_path / "frozen")]
+    eval_linear.main([*argv, *flags])
+    frozen = result_of(flags)
     adapted = probe([*argv, "--no-cached", "--adapt-bn", "--test-clips", "1"])
     assert adapted["knn_top1"] == frozen["knn_top1"]  # kNN is of the backbone as it came
 
@@ -843,3 +845,13 @@ def test_views_are_shown_before_any_work(argv, tmp_path, capfd):
     """--show-views of the probe extracts no features first."""
     eval_linear.main([*argv, "--no-cached", "--show-views", str(tmp_path / "v.png")])
     assert (tmp_path / "v.png").exists() and "kNN" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["--cached", "--no-cached"])
+def test_probe_with_every_optimizer(mode, argv, tmp_path):
+    """LARS, SGD and AdamW take a probe, whose groups of parameters may be empty."""
+    for optimizer in ("lars", "sgd", "adamw"):
+        flags = [mode, "--test-clips", "1", "--optimizer", optimizer, "--warmup-epochs", "0"]
+        flags += ["--out", str(tmp_path / optimizer)]
+        eval_linear.main([*argv, *flags])
+        assert result_of(flags)["n"] == 7

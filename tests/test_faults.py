@@ -294,7 +294,7 @@ def _on_a_full_disk(script, argv):
     real = os.fsync
 
     def full(file):
-        if len(sys._getframe(1).f_code.co_name) and os.fstat(file).st_size:
+        if os.fstat(file).st_size:
             raise OSError(28, "No space left on device")
         real(file)
 

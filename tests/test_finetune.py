@@ -597,10 +597,13 @@ def test_no_precision_is_no_number():
     assert finetune.mean_precision(["a", "b"], [math.nan] * 2) == {"map": None, "per_class": {}}
 
 
-def test_val_of_an_official_data_set(argv, ucf101, tmp_path, capfd):
-    """Official lists say what is tested: a --val beside them is refused, not ignored."""
-    line = refused([*argv, "--val", str(tmp_path)], capfd)
-    assert "--val is for --dataset folder" in line
+def test_flags_that_do_not_go_with_a_data_set(argv, ava, tmp_path, capfd):
+    """Official lists say what is tested: a --val beside them is refused, not ignored. The same for
+    --boxes of another data set, and for --compile, of which AVA's network makes no use."""
+    for flags in (["--val", str(tmp_path)], ["--boxes", "boxes.csv"]):
+        assert f"{flags[0]} does not go with --dataset ucf101" in refused([*argv, *flags], capfd)
+    flags = [*argv, "--dataset", "ava", "--data", str(ava), "--compile"]
+    assert "--compile does not go with --dataset ava" in refused(flags, capfd)
 
 
 @pytest.mark.parametrize("kind", ["Classifier", "Detector"])

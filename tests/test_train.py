@@ -654,3 +654,32 @@ def test_compile(method, flags, small, tmp_path, monkeypatch):
     assert one["model"].keys() == two["model"].keys()
     for name, tensor in one["model"].items():
         torch.testing.assert_close(tensor, two["model"][name], atol=1e-3, rtol=1e-2)
+
+
+def _compiled_on_ranks(argv):
+    plain = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda self: plain(self, backend="aot_eager")
+    byol.main(argv)
+
+
+@pytest.mark.slow
+def test_compile_with_low_memory_on_two_ranks(small, tmp_path):
+    """A network of many of DDP's buckets: what is traced in forward is what is computed again in
+    backward."""
+    flags = [
+        *small,
+        "--backbone",
+        "slow_r50",
+        "--frames",
+        "1",
+        "--size",
+        "32",
+        "--short-side",
+        "32",
+    ]
+    flags += ["36", "--batch-size", "4", "--max-steps", "1", "--low-memory", "--knn-every", "0"]
+    run_ranks(2, _compiled_on_ranks, [*flags, "--compile"], timeout=300)
+    run_ranks(2, byol.main, [*flags, "--out", str(tmp_path / "plain")], timeout=300)
+    one, two = (torch.load(tmp_path / f"{n}/last.pth", weights_only=True) for n in ("out", "plain"))
+    assert one["number"] == two["number"] == 1
+    assert one["losses"] == pytest.approx(two["losses"], rel=1e-3)
