@@ -8,7 +8,8 @@ Idea     Predict, from one clip, how a slowly moving copy of the network sees an
 Loss     2 - 2 cos(q_i, k_j), mean over videos and ordered pairs of views i != j; q = prediction,
          k = projection by the target network.
 rho      Clips decoded and encoded by both networks; rho (rho - 1) pairs. rho = 1: one clip,
-         augmented twice. The step is V times the mean: a sum over the query clips.
+         augmented twice. The gradient is that of V = max(2, rho) times the mean: a sum over the V
+         query clips.
 Differs  From the released code: crop before colour; frames 8 apart, not 9; bfloat16 on GPUs; SyncBN
          over all ranks, not the 8 of a machine; the target moves after the step, not before the
          next; the loss has no temperature (0.5 there: the same factor 2). The demo, to learn in
@@ -51,7 +52,7 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     projector = (4096, 256), (1024, 64)  # widths of its layers
     projector_bn = True, True  # BN after its hidden layers
     predictor = (4096, 256), (1024, 64)  # widths after the projector's; BN between
-    momentum = 0.996, 0.9  # of the target network; it ends at 1; 0 = a copy, 1 = stays
+    momentum = 0.996, 0.9  # of the target network at first, then up to 1; 0 = a copy, 1 = stays
 
 
 # --- method

@@ -8,8 +8,8 @@ Idea     Find, for a clip, another clip of the same video among many of other vi
 Loss     -log(e^s_ij / (e^s_ij + sum over the queue of e^s_in)), mean over videos and ordered pairs
          of views i != j; s = q_i . k_j / temperature; k by the target network.
 rho      Clips decoded and encoded by both networks; rho (rho - 1) pairs; rho keys of a video enter
-         the queue. rho = 1: one clip, augmented twice. The step is V times the mean: a sum over
-         the query clips.
+         the queue. rho = 1: one clip, augmented twice. The gradient is that of V = max(2, rho)
+         times the mean: a sum over the V query clips.
 Differs  From the released code: crop before colour; frames 8 apart, not 9; bfloat16, not fp16; the
          keys of all ranks are enqueued, not rank 0's, and shuffled over all ranks, not the 8 of a
          machine; no step is skipped while the queue fills; the target moves after the step, not
@@ -52,7 +52,7 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     batch_norm = "plain", "plain"  # sync: over all GPUs; plain: over each GPU's share
     projector = (2048, 2048, 128), (256, 64)  # widths of its layers
     projector_bn = False, True  # BN after its hidden layers
-    momentum = 0.994, 0.95  # of the target network; it ends at 1; 0 = a copy, 1 = stays
+    momentum = 0.994, 0.95  # of the target network at first, then up to 1; 0 = a copy, 1 = stays
     queue = 65536, 240  # keys that are remembered
     temperature = 0.1, 0.2  # of the softmax over one positive and the queue
 
@@ -70,8 +70,8 @@ def sample_clips(duration, span, rho, timespan, rng):
 
 
 def info_nce(q, k, queue, temperature):
-    """Find keys k of the other views among the queue (K, D) by queries q, both (B, V, D); all of
-    unit length; mean over i != j, 0 for an empty queue."""
+    """Tell keys k of a video's other views from the queue (K, D) by its queries q, both (B, V, D);
+    all of unit length; mean over i != j, 0 for an empty queue."""
     V = q.shape[1]
     negatives = (torch.einsum("bid,nd->bin", q, queue) / temperature).logsumexp(dim=-1)  # (B, V)
     positives = torch.einsum("bid,bjd->bij", q, k) / temperature  # (B, V, V)
