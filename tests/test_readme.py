@@ -180,7 +180,7 @@ def test_the_plot(tmp_path, monkeypatch):
     """The five lines that plot a log, on a log of a real run."""
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     code = next(block for block in blocks if "matplotlib" in block)
-    assert len(code.strip().splitlines()) <= 6
+    assert len(code.strip().splitlines()) <= 5
     folder = tmp_path / "out" / "byol-demo-rho2"
     folder.mkdir(parents=True)
     (folder / "log.jsonl").write_text((RESULTS / "byol-rho2-seed0.jsonl").read_text())
