@@ -26,6 +26,7 @@ import time
 from collections import OrderedDict
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import av
@@ -71,10 +72,8 @@ def start(recipe, argv=None, rows=None):
     args.method, args.views, args.code = source.stem, 1, _digest(source.read_bytes())
     args.data = args.data and os.path.normpath(args.data)
     if pretraining:
-        args.views, name = (
-            max(2, args.rho),
-            Path(args.data).absolute().stem if args.data else "demo",
-        )
+        args.views = max(2, args.rho)
+        name = Path(args.data).absolute().stem if args.data else "demo"
         args.out = args.out or f"out/{args.method}-{name}-rho{args.rho}"
     else:
         _as_trained(args)
@@ -669,8 +668,9 @@ def _views(args, videos, sample_clips, crop, key, bad):
         seeds = torch.from_numpy(rng.integers(2**62, size=(2, args.views)))
         boxes = _boxes(videos, number, *clips.shape[-2:])
         cropped = [_draw([crop], (c, boxes), s) for c, s in zip(clips, seeds[0], strict=True)]
+        turned = len(boxes) > 0 and "flip" in args.augment.split(",")  # the views: in _augment
+        flip = _operators(args)[1][:1] if turned else []
         views, boxes = zip(*cropped, strict=True)
-        flip = _operators(args)[1][: "flip" in args.augment.split(",")]  # of views: in _augment
         boxes = [_draw(flip, *pair) for pair in zip(boxes, seeds[1], strict=True)]
         starts = torch.tensor(starts)  # (rho,), or (rho, T) times of all frames
         starts = starts.expand(args.views, *starts.shape[1:])
@@ -711,7 +711,7 @@ def _show_views(args, clips, starts):
     pairs = zip(pictures.cpu(), times.flatten(), strict=True)
     marked = [mark(picture, corner, [f"{seconds:.2f} s"]) for picture, seconds in pairs]
     save = partial(torchvision.utils.save_image, marked, nrow=args.frames, format="png")
-    write(args.show_views, lambda file: save(fp=file))
+    write(args.show_views, save)
     say(f"wrote {args.show_views}: {len(clips[:4])} videos, {args.views} views each")
 
 
@@ -846,7 +846,7 @@ def backbone(name):
 def mlp(widths, bn):
     """Linear layers, ReLU and (if bn) BN between: (N, widths[0]) -> (N, widths[-1]); HEAD:147."""
     layers = []
-    for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False), start=2):
+    for i, (inputs, outputs) in enumerate(pairwise(widths), start=2):
         hidden = i < len(widths)
         linear = nn.Linear(inputs, outputs, bias=not (bn and hidden))  # BN has a bias of its own
         nn.init.kaiming_uniform_(linear.weight, a=1)
@@ -1149,7 +1149,7 @@ def _load(args, videos, numbers, make):
     try:
         yield from batches
     except (RuntimeError, OSError, EOFError) as error:
-        time.sleep(bool(args.workers))  # if a worker has died, its signal ends the run now
+        time.sleep(1 if args.workers else 0)  # if one has died, its signal ends the run now
         if "DataLoader timed out" in str(error):
             end(error)
         raise

@@ -196,8 +196,8 @@ def main(argv=None):
     backbone, optimizer = model.eval().encoder.backbone, common.make_optimizer(model, args)
     if args.extract:
         return write_features(args, videos, backbone)
-    before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     if not args.cached:
+        before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
         backbone.train(args.adapt_bn)
         chance = math.log(len(videos.classes))
         for step in common.train(args, videos, model, optimizer, sample_clips, chance):

@@ -66,7 +66,7 @@ class Recipe:  # name = paper, demo  # meaning, which is the text of --help
     batch_norm = "sync", "sync"  # sync: over all GPUs; plain: over each GPU's share
 
 
-SETTINGS = {  # the study's where not the above, UCF101's; a flag wins; {numbers} go with the first
+SETTINGS = {  # the study's where not UCF101's; a flag wins; {numbers} go with --epochs, the first
     "ssv2": """--epochs 22 --lr 0.12 --lr-steps {14} {18} --warmup-epochs {0.19} --weight-decay 1e-6
         --dropout 0.5 --augment crop --test-clips 1 --test-crops 1""",
     # SlowFast's configs/Charades/SLOWFAST_16x8_R50 (0.0375 per 16 videos), its warm-up unverified
@@ -303,8 +303,8 @@ def key_frames(text, left_out=(), least=0.0):
 def ava_classes(args):
     """{action, from 0: name} of the 60 that count: `label { name: "stand" label_id: 12 ... }`."""
     text = official(args, "ava_action_list_v2.2_for_activitynet_2019.pbtxt")
-    found = re.finditer(r'name: "(.*)"\s+(?:label_)?id: (\d+)', text)
-    return {int(match[2]) - 1: match[1] for match in found}
+    found = re.findall(r'name: "(.*)"\s+(?:label_)?id: (\d+)', text)
+    return {int(number) - 1: name for name, number in found}
 
 
 def annotate(args, videos, part):

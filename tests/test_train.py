@@ -666,18 +666,9 @@ def _compiled_on_ranks(argv):
 def test_compile_with_low_memory_on_two_ranks(small, tmp_path):
     """A network of many of DDP's buckets: what is traced in forward is what is computed again in
     backward."""
-    flags = [
-        *small,
-        "--backbone",
-        "slow_r50",
-        "--frames",
-        "1",
-        "--size",
-        "32",
-        "--short-side",
-        "32",
-    ]
-    flags += ["36", "--batch-size", "4", "--max-steps", "1", "--low-memory", "--knn-every", "0"]
+    words = """--backbone slow_r50 --frames 1 --size 32 --short-side 32 36 --batch-size 4
+        --max-steps 1 --low-memory --knn-every 0"""
+    flags = [*small, *words.split()]
     run_ranks(2, _compiled_on_ranks, [*flags, "--compile"], timeout=300)
     run_ranks(2, byol.main, [*flags, "--out", str(tmp_path / "plain")], timeout=300)
     one, two = (torch.load(tmp_path / f"{n}/last.pth", weights_only=True) for n in ("out", "plain"))
