@@ -1,32 +1,36 @@
-"""What the scripts share: options, distributed, video, demo videos, augmentation, backbones,
-weights, optimizer, evaluation, loop.
+"""What the scripts share, in the order of a run: config, distributed, video, data set, augmentation,
+backbones, optimizers, evaluation, the run.
 
-Letters in shapes: B videos on this rank, W ranks, rho clips of a video, V = max(2, rho) views,
+Letters in shapes: B videos on this rank, W ranks, rho clips per video, V = max(2, rho) views,
 T frames, H x W pixels, D feature width. Clips are (B, V, 3, T, H, W), features (B, V, D): the view
-is always axis 1. Sources such as RH:259 are lines of the released code; see the README.
+is always axis 1. "Released" means SlowFast at commit 287ec00, cited as file and line.
 """
 
 import argparse
 import atexit
 import contextlib
-import fcntl
+import copy
+import csv
+import dataclasses
 import glob
 import hashlib
-import inspect
+import itertools
 import json
 import math
+import multiprocessing
 import os
-import re
 import shlex
-import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
+import types
+import typing
+import warnings
 from collections import OrderedDict
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from itertools import pairwise
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import av
@@ -36,207 +40,168 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, default_collate
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-# --- options
+# --- config
 
 
-class _Flags:  # name = paper, demo  # meaning, as in a recipe
-    data = "", ""  # folder of videos, or text list of path or path<TAB>label lines; none: the demo
-    out = "", ""  # folder of what is written; none: out/<script>-<data or weights>-...
-    small = False, False  # the demo's settings on your own --data
-    seed = 0, 0  # of weights, order of the videos, clips, augmentation; 0 = the usual one
-    max_steps = 0, 0  # stop after this many steps in all, the schedule unchanged; 0 = never
-    log_every = 10, 10  # steps from one line of the log to the next
-    workers = -1, -1  # decoding processes of a rank, 0 = none, -1 = its cores, half on a CPU, to 16
-    low_memory = False, False  # re-compute activations in backward: memory of one clip at any rho
-    compile = False, False  # the backbones, with torch.compile; little of it is left with SyncBN
-    show_views = "", ""  # PNG file: write what the model will see, a row for each view, and stop
-    check_data = False, False  # open every video once, name the bad, list the others, and stop
+def arg(default, help, choices=None):
+    """A field of a Config: the flag's default, its text in --help and the values it may take."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
-def start(recipe, argv=None, rows=None):
-    """Read the options, find or make the data, join the other processes, and say all that.
+@dataclass
+class Config:
+    """The flags of every script. A script's own Config adds the numbers of its recipe."""
 
-    recipe: a class of lines `name = paper value, demo value  # meaning`: a flag and its help, which
-    also says what is refused: a number must be above 0 unless "0 = " or "-1 = " is in it, at most 1
-    if ", 1 = " is; text with ", needed" must be given. rows(args): (path, label) of the videos, or
-    None for those of --data. Returns the arguments (with `method`, `views`) and the Videos."""
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # nothing to save before the first step
-    args, pretraining = _parse(recipe, argv), hasattr(recipe, "rho")
-    source = Path(inspect.getfile(recipe))
-    args.method, args.views, args.code = source.stem, 1, _digest(source.read_bytes())
-    args.data = args.data and os.path.normpath(args.data)
-    if pretraining:
-        args.views = max(2, args.rho)
-        name = Path(args.data).absolute().stem if args.data else "demo"
-        args.out = args.out or f"out/{args.method}-{name}-rho{args.rho}"
-    else:
-        _as_trained(args)
-    _check(args)
-    listed = rows and rows(args)
-    root = Path(args.data or demo_videos("data/demo"))
-    halves = [os.path.isdir(root / part) for part in ("train", "val")]
-    parted = not args.data or (all(halves) if pretraining else halves[0])
-    videos = Videos(listed or (root / "train" if parted else root))
-    args.data_hash = videos.hash
-    if not pretraining and not listed:
-        args.val = args.val or os.path.join(root if parted else root.absolute().parent, "val")
-    _take_part(args)
-    _prepare(args, len(videos))
-    if args.check_data:
-        _check_data(args, videos)
-    where = torch.cuda.get_device_name() if device().type == "cuda" else "CPU"
-    say(f"{versions()}; {world_size()} x {where}, {args.workers} workers each")
-    say("options: " + ", ".join(f"{k} {v}" for k, v in vars(args).items() if v not in ("", None)))
-    what = "" if args.data else "; no --data: the demo's videos, network and settings"
-    say(f"data: {len(videos)} videos, {videos.root or args.data}{what}")
-    return args, videos
+    data: str = arg(
+        "", "videos: a folder, a list (.txt, .csv) or one file; the demo's if not given"
+    )
+    out: str = arg("", "output folder; out/<script>-<data>-... if not given")
+    small: bool = arg(False, "use the demo's small network and settings on your own --data")
+    seed: int = arg(0, "seed of weights, video order, clips and augmentation")
+    max_steps: int = arg(0, "stop after this step of the unchanged schedule (0: never)")
+    log_every: int = arg(10, "steps per line of the log")
+    workers: int = arg(-1, "decoding processes per rank (0: none, -1: chosen from the CPU cores)")
+    low_memory: bool = arg(
+        False, "recompute activations in backward: memory of one clip at any rho"
+    )
+    compile: bool = arg(False, "compile the backbone with torch.compile")
+    show_views: str = arg("", "write a PNG of what the model sees and stop")
+
+    @property
+    def num_views(self):
+        """V, views per video: with rho = 1 one clip is augmented twice."""
+        return max(2, self.rho)
+
+    @property
+    def clip_seconds(self):
+        """Length of a clip in seconds; strides count frames at 30 fps."""
+        return self.frames * self.stride / 30
 
 
-def _take_part(args):
-    """Seed this process, give it its device and its share of the cores, and join the others."""
-    torch.manual_seed(args.seed % 2**63)
-    torch.backends.cudnn.benchmark = True
-    on_cpu, local = device().type == "cpu", int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if not on_cpu and local > torch.cuda.device_count():
-        fail(f"{local} processes, but only {torch.cuda.device_count()} GPUs on this machine")
-    if not on_cpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    cores = max(1, len(os.sched_getaffinity(0)) // local)
-    if args.workers < 0:  # on a CPU, workers and this process share the cores
-        args.workers = max(1, min(16, cores // (1 + on_cpu)))
-    torch.set_num_threads(min(torch.get_num_threads(), max(1, cores - on_cpu * args.workers)))
-    if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("gloo" if on_cpu else "nccl")
-        atexit.register(dist.destroy_process_group)
+def parse_args(config, demo, argv=None):
+    """Read the flags of a Config class.
 
-
-def _prepare(args, n):
-    """Fit the batch to n videos, and make the output folder."""
-    if args.show_views:  # which has room for four
-        args.batch_size = min(4, max(1, min(args.batch_size, n) // world_size())) * world_size()
-    loose = any(getattr(args, name, "") for name in ("cached", "extract", "check_data"))
-    if args.batch_size > n and not loose:
-        fail(f"--batch-size {args.batch_size}: there are only {n} videos, so {n} at most")
-    if rank() > 0 or args.show_views:
-        return
-    try:
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()  # or it cannot be written to
-    except OSError as error:
-        fail(f"--out {args.out}: {error.strerror}")
-
-
-def _digest(data):
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
-def versions():
-    """Of the packages that a result may depend on."""
-    return ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, av, np))
-
-
-def _as_trained(args):
-    """Fill in what an evaluation does not say, from the settings in the weights' file."""
-    args.weights_hash = ""
-    settings = {"backbone": "slow_r50", "frames": 8, "stride": 8, "size": 224}
-    if args.small or not args.data:
-        settings = {"backbone": "tiny", "frames": 8, "stride": 4, "size": 32}
-    if args.weights not in ("", "random"):
-        try:
-            content, data = _read(args.weights), Path(args.weights).read_bytes()
-        except ValueError as error:
-            fail(error)
-        args.weights_hash = _digest(data)
-        found = isinstance(content, dict) and (content.get("config") or content.get("args"))
-        saved = found if isinstance(found, dict) else {}
-        settings |= {name: saved[name] for name in settings if name in saved}
-    for name, value in settings.items():
-        setattr(args, name, getattr(args, name) or value)
-    sides = [round(args.size * side / 224) for side in (256, 320)]  # of a video, for a crop of 224
-    args.short_side, args.test_size = tuple(sides), args.test_size or sides[0]
-    path, name = Path(args.weights).resolve(), args.weights or "scratch"
-    if args.weights_hash:  # a run's folder is its name
-        name = path.parent.name if path.name in ("backbone.pth", "last.pth") else path.stem
-    parts = [args.method, *([Path(args.data).absolute().stem] if args.data else []), name]
-    if getattr(args, "dataset", "folder") != "folder":
-        parts[1] = args.dataset if args.split == 1 else f"{args.dataset}-split{args.split}"
-    args.out = args.out or f"out/{'-'.join(parts)}"
-
-
-def _parse(recipe, argv):
-    doc, form = inspect.getmodule(recipe).__doc__, argparse.RawDescriptionHelpFormatter
-    usage = "%(prog)s [--flag value ...]"
-    parser = argparse.ArgumentParser(None, usage, doc, formatter_class=form, allow_abbrev=False)
+    demo: {field: value} that replaces the defaults with --small or without --data; a flag that is
+    given always wins. The names of the given flags are in cfg.given. Settings that cannot work end
+    the process with one line and exit code 2."""
+    module = sys.modules[config.__module__]
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--flag value ...]",
+        description=module.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
     parser.error = fail
-    flags = {}
-    for lines in (recipe, _Flags):
-        title = f"{lines.__name__.strip('_').lower()}: meaning [paper's default; demo's], or [both]"
-        group, source = parser.add_argument_group(title), inspect.getsource(lines)
-        for name, text in re.findall(r"^    (\w+) = .*?  # (.+)$", source, re.MULTILINE):
-            paper, demo = vars(lines)[name]
-            kind = float if paper is None else type(paper)
-            how = {"type": kind, "metavar": "X"}
-            if kind is tuple:
-                how = {"type": type(paper[0]), "nargs": "+", "metavar": "X"}
-            elif kind is bool:
-                how = {"action": argparse.BooleanOptionalAction}
-            default = f" [{paper}; {demo}]" if paper != demo else f" [{paper}]" if paper else ""
-            flag = "--" + name.replace("_", "-")
-            group.add_argument(flag, help=(text + default).replace("%", "%%"), **how)
-            flags[name] = text, paper, demo
-    args = parser.parse_args(argv)
-    small = args.small or not args.data
-    for name, (text, paper, demo) in flags.items():
-        flag, value = "--" + name.replace("_", "-"), getattr(args, name)
-        if value is None:
-            value = demo if small else paper
-            if name == "warmup_epochs":  # which was chosen for so many epochs
-                value *= args.epochs / flags["epochs"][1 + small]
-        if value == "" and ", needed" in text:
-            fail(f"{flag} is missing, a {text}")
-        setattr(args, name, tuple(value) if isinstance(value, list) else value)
-        least = -1 if "-1 = " in text else 0 if "0 = " in text else 1e-12
-        most = 1 if ", 1 = " in text else math.inf
-        for number in value if isinstance(value, tuple | list) else [value]:
-            if type(number) not in (int, float) or least <= number <= most and number < math.inf:
-                continue
-            limits = f"{least} or more" if least < 1e-12 else "above 0"
-            fail(f"{flag} must be {limits}{', at most 1' * (most == 1)}, not {number}")
-    return args
+    name = Path(module.__file__).name
+    own = " --weights out/byol-demo-rho2" if "weights" in config.__dataclass_fields__ else ""
+    examples = f"python {name}{own}\npython {name}{own} --data my/videos --small"
+    shared = parser.add_argument_group("every run", examples)
+    recipe = parser.add_argument_group("recipe")
+    for field in dataclasses.fields(config):
+        is_shared = field.name in Config.__dataclass_fields__
+        _add_flag(shared if is_shared else recipe, field, demo)
+    given = vars(parser.parse_args(argv))
+    for flag, value in given.items():
+        given[flag] = tuple(value) if isinstance(value, list) else value
+    if given.get("small") or not given.get("data"):
+        cfg = config(**{**demo, **given})
+    else:
+        cfg = config(**given)
+    cfg.given = set(given)
+    cfg.script = Path(module.__file__).stem
+    cfg.data = cfg.data and os.path.normpath(cfg.data)
+    if not cfg.out:
+        cfg.out = f"out/{cfg.script}-{data_name(cfg)}-rho{cfg.rho}"
+    _check(cfg)
+    return cfg
 
 
-def _check(args):
-    """Refuse settings that cannot work before anything long starts."""
+def _add_flag(group, field, demo):
+    text = field.metadata["help"]
+    if field.default not in ("", None, False):
+        text += f" [{_words(field.default)}]"
+    if demo.get(field.name, field.default) != field.default:
+        text += f" [demo: {_words(demo[field.name])}]"
+    options = {"help": text.replace("%", "%%")}
+    if field.type is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif typing.get_origin(field.type) is tuple:
+        options |= {"type": typing.get_args(field.type)[0], "nargs": "+", "metavar": "X"}
+    elif field.metadata["choices"]:
+        options["choices"] = list(field.metadata["choices"])
+    else:
+        options |= {"type": field.type, "metavar": "X"}
+    group.add_argument("--" + field.name.replace("_", "-"), **options)
+
+
+def _words(value):
+    """A value as it is typed on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def data_name(cfg):
+    """A short name of the data, for folders."""
+    return Path(cfg.data).absolute().stem if cfg.data else "demo"
+
+
+def _check(cfg):
+    """End the process if settings cannot work, before anything long starts."""
+    ranks, (shortest, longest) = world_size(), _pair("short_side", cfg.short_side)
+    for name, value in vars(cfg).items():
+        numbers = value if isinstance(value, tuple) else (value,)
+        for number in numbers:
+            least = -1 if name == "workers" else 0
+            if isinstance(number, (int, float)) and not least <= number < math.inf:
+                fail(f"--{name.replace('_', '-')} must be {least} or more, not {number}")
+    for name in ("rho", "frames", "stride", "size", "epochs", "log_every", "lr", "temperature"):
+        if getattr(cfg, name, 1) == 0:
+            fail(f"--{name.replace('_', '-')} must be above 0")
+    for name in ("warmup", "target_momentum", "target_momentum_end", "dropout"):
+        if getattr(cfg, name, 0) > 1:
+            fail(f"--{name.replace('_', '-')} must be at most 1, not {getattr(cfg, name)}")
     if os.environ.get("WORLD_SIZE", "1") != "1" and "LOCAL_RANK" not in os.environ:
         fail("WORLD_SIZE is set, but not by torchrun: start with torchrun, or unset it")
-    ranks, batch = world_size(), args.batch_size
-    near = max(2, round(batch / ranks)) * ranks
-    side, area = args.short_side, getattr(args, "crop_area", (1, 1))
-    shown = os.path.dirname(args.show_views) or "."
-    s3d = args.backbone.startswith("s3d") and (args.frames < 5 or args.size < 17)
-    for wrong, words in [
-        (args.backbone not in _BACKBONES, f"backbone {args.backbone}: one of {[*_BACKBONES]}"),
-        (args.optimizer not in _OPTIMIZERS, f"optimizer {args.optimizer}: one of {[*_OPTIMIZERS]}"),
-        (args.batch_norm not in ("sync", "plain"), f"batch-norm {args.batch_norm}: sync or plain"),
-        (args.warmup_epochs >= args.epochs, f"warmup-epochs: less than --epochs {args.epochs}"),
-        (len(side) != 2 or side[0] > side[1], f"short-side {side}: a least and a largest one"),
-        (side[0] < args.size, f"short-side {side[0]} is less than --size {args.size}"),
-        (len(area) != 2 or area[0] > area[1] or area[1] > 1, f"crop-area {area}: two shares"),
-        (batch % ranks, f"batch-size {batch} does not divide by {ranks} processes; try {near}"),
-        (batch < 2 * ranks, f"batch-size {batch}: each of {ranks} processes needs 2 videos for BN"),
-        (s3d, f"backbone {args.backbone} needs 5 or more --frames and a --size of 17 or more"),
-        (not os.path.isdir(shown), f"show-views {args.show_views}: no such folder"),
-        (args.workers > 64, f"workers {args.workers}: at most 64"),
-    ]:
-        if wrong:
-            fail(f"--{words}")
-    _operators(args)
+    if not cfg.small or "batch_size" in cfg.given:
+        _check_batch(cfg)
+    if cfg.warmup == 1:
+        fail("--warmup must be less than 1, the whole run")
+    if shortest > longest:
+        fail(f"--short-side {shortest} {longest}: the first must not exceed the second")
+    if shortest < cfg.size:
+        fail(f"--short-side {shortest} is less than --size {cfg.size}")
+    smallest, largest = _pair("crop_area", getattr(cfg, "crop_area", (1, 1)))
+    if not smallest <= largest <= 1:
+        fail(f"--crop-area {smallest} {largest}: two fractions of the frame, the smaller first")
+    if cfg.backbone.startswith("s3d") and (cfg.frames < 5 or cfg.size < 17):
+        fail(f"--backbone {cfg.backbone} needs 5 or more --frames and a --size of 17 or more")
+    if cfg.compile and cfg.low_memory and ranks > 1:
+        fail("--compile with --low-memory works on one process only")
+    if cfg.show_views and not os.path.isdir(os.path.dirname(cfg.show_views) or "."):
+        fail(f"--show-views {cfg.show_views}: no such folder")
+    if cfg.workers > 64:
+        fail(f"--workers {cfg.workers}: at most 64")
+    train_transform(cfg)
+
+
+def _pair(name, values):
+    if len(values) != 2:
+        fail(f"--{name.replace('_', '-')} takes two numbers")
+    return values
+
+
+def _check_batch(cfg):
+    batch, ranks = cfg.batch_size, world_size()
+    if batch % ranks:
+        near = max(2, round(batch / ranks)) * ranks
+        fail(f"--batch-size {batch} does not divide by {ranks} processes; try {near}")
+    if batch < 2 * ranks:
+        fail(f"--batch-size {batch}: each of {ranks} processes needs 2 videos for BN")
 
 
 def fail(message, code=2):
@@ -247,15 +212,79 @@ def fail(message, code=2):
     sys.exit(code)
 
 
-def say(message):
+def print_main(message):
     """Print on rank 0, above the progress bar."""
     if rank() == 0:
-        with contextlib.suppress(BrokenPipeError):  # nobody reads on; what runs goes on
-            tqdm.write(message.encode(errors="backslashreplace").decode())  # a file has any name
+        with contextlib.suppress(BrokenPipeError):  # as when piped into head: the run goes on
+            tqdm.write(message.encode(errors="backslashreplace").decode())  # any file name
             sys.stdout.flush()
 
 
 # --- distributed
+
+
+def init_distributed(cfg):
+    """Seed this process, give it its device and its share of the cores, join the other ranks, and
+    make the output folder."""
+    signal.signal(signal.SIGINT, _exit_quietly)  # until training, which saves first
+    torch.manual_seed(cfg.seed)
+    torch.backends.cudnn.benchmark = True
+    on_cpu = device().type == "cpu"
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not on_cpu:
+        if local_ranks > torch.cuda.device_count():
+            fail(f"{local_ranks} processes, but only {torch.cuda.device_count()} GPUs here")
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS
+    cores = len(affinity(0)) if affinity else os.cpu_count()
+    cores = max(1, cores // local_ranks)
+    if cfg.workers < 0:
+        most = 16 if multiprocessing.get_start_method() == "fork" else 4  # each imports torch
+        cfg.workers = cores // 2 if on_cpu else cores  # on a CPU the network needs cores as well
+        cfg.workers = max(1, min(most, cfg.workers))
+    if on_cpu:
+        cores = max(1, cores - cfg.workers)
+    torch.set_num_threads(min(torch.get_num_threads(), cores))
+    if world_size() > 1 and not dist.is_initialized():
+        dist.init_process_group("gloo" if on_cpu else "cpu:gloo,cuda:nccl")
+        atexit.register(_leave_group)
+    if rank() == 0 and not cfg.show_views:
+        _make_folder(cfg.out)
+    hardware = "CPU" if on_cpu else torch.cuda.get_device_name()
+    print_main(f"{versions()}; {world_size()} x {hardware}, {cfg.workers} workers each")
+    changed = [f"{name} {_words(getattr(cfg, name))}" for name in sorted(cfg.given)]
+    print_main(f"flags: {', '.join(changed) or 'none'}; all settings are in {cfg.out}/last.pth")
+
+
+def _exit_quietly(*_):
+    sys.exit(130)
+
+
+def _kill_workers():
+    """Workers ignore SIGTERM (see worker_init), so Python would wait for them for ever at exit."""
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+atexit.register(_kill_workers)  # after the import of torch: handlers run last in, first out
+
+
+def _leave_group():
+    if not hasattr(sys, "last_value"):  # after an error, other ranks may never answer
+        dist.destroy_process_group()
+
+
+def _make_folder(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()  # fails if the folder cannot be written to
+    except OSError as error:
+        fail(f"--out {path}: {error.strerror}")
+
+
+def versions():
+    """Of the packages that a result may depend on."""
+    return ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, av, np))
 
 
 def rank():
@@ -269,115 +298,83 @@ def world_size():
 
 
 def device():
-    """This process's GPU (the current one), or the CPU."""
+    """This process's GPU, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def autocast():
+    """bfloat16 on GPUs that compute in it; float32 on others and on a CPU, where it is slow."""
+    on_gpu = device().type == "cuda"
+    enabled = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device().type, torch.bfloat16, enabled=enabled)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return local_part(grad)
+
+
 def gather(x):
-    """(B, ...) of each rank -> (W * B, ...) on every rank, rank-major.
-    The gradient is exact: if each rank computes the same loss from the result, DDP's mean over
-    ranks is the gradient of that loss on the joint batch. (This rank's part gets W times its
-    gradient, which the mean divides by W.)"""
+    """(B, ...) of each rank -> (W * B, ...) on every rank, rank by rank.
+
+    If each rank computes the same loss from the result, the mean over ranks that DDP takes is the
+    gradient of that loss on the joint batch."""
     if world_size() == 1:
         return x
-    x = x.contiguous()
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.detach())
-    if x.requires_grad:
-        parts[rank()] = x + (world_size() - 1) * (x - x.detach())  # equals x
-    return torch.cat(parts)
+    return _Gather.apply(x.contiguous())
 
 
-def distribute(model, args):
-    """Move a model with an `encoder.backbone` to this process's device, before its optimizer is
-    made; print its size; return what to call for the forward pass (DDP). BN is over all ranks if
-    args.batch_norm is "sync", on CUDA (there is no SyncBN on a CPU)."""
-    model.to(device(), memory_format=torch.channels_last_3d)
+def local_part(x):
+    """This rank's (B, ...) of a joint (W * B, ...)."""
+    return x.chunk(world_size())[rank()]
+
+
+def wrap_ddp(model, cfg):
+    """Return what to call for the forward pass: the model, in DDP if there are several ranks.
+
+    Each rank keeps its own BN statistics, or all share them (SyncBN, on GPUs) if cfg.sync_bn."""
+    model.to(memory_format=torch.channels_last_3d)
     for p in model.parameters():
-        if p.ndim == 5 and p.shape[2:].numel() == 1:  # both layouts at once: DDP wants this one
+        if p.ndim == 5 and p.shape[2:].numel() == 1:  # both layouts at once; DDP wants this one
             p.data = p.data.clone(memory_format=torch.contiguous_format)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     own = sum(p.numel() for p in model.encoder.backbone.parameters())
-    say(f"model: {args.backbone}, {own:,} parameters; trained, heads included: {trained:,}")
-    if world_size() > 1 and args.batch_norm == "sync" and device().type == "cuda":
+    print_main(f"model: {cfg.backbone}, {own:,} parameters; {trained:,} are trained, with heads")
+    if world_size() > 1 and cfg.sync_bn and device().type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
-    if args.compile:  # not the whole, with its gathering and re-computing
-        torch._dynamo.config.optimize_ddp = False  # cuts a graph, but not when it is re-computed
+    if cfg.compile:
         for module in model.modules():
-            if isinstance(module, _Backbone):
+            if isinstance(module, Backbone):
                 module.compile()
     if world_size() == 1:
         return model
-    parallel = nn.parallel.DistributedDataParallel
-    new = "forward_sync_buffers" in inspect.signature(parallel).parameters  # torch 2.14's name
-    off = {"forward_sync_buffers" if new else "broadcast_buffers": False}  # ranks keep their own
-    return parallel(model, **off)
+    with warnings.catch_warnings():  # torch 2.14 renames broadcast_buffers
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
 # --- video
 
-_SUFFIXES = set(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .flv .wmv .3gp .ogv".split())
 _FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,m4v,ivf,obu,mxf,nut,dv,wtv"
 
 
-class Videos:
-    """The videos of a folder (at any depth; the folder they lie in is the class), of a text list,
-    or of a Python list of (path, label).
-
-    Nothing is opened. The paths are one array of bytes: a million Python strings would be copied
-    into each worker, page by page, as their reference counts change. labels: (n,), -1 for none,
-    counted along classes, their sorted names unless given; hash: of paths and labels. moments:
-    seconds that matter, (n,); boxes: what is there, (n, M, 4), x1 y1 x2 y2 as shares of the sides.
-    """
-
-    def __init__(self, source, classes=None, flag="--data"):
-        rows, self.root = source, ""
-        if not isinstance(source, list):
-            rows = list(_rows(Path(source), flag))
-            self.root = str(source if Path(source).is_dir() else Path(source).parent)
-        if not rows:
-            fail(f"no videos in {source} (looked for {' '.join(sorted(_SUFFIXES))})")
-        names = [os.fsencode(name) for name, _ in rows]
-        self._ends = np.cumsum([len(name) for name in names])
-        self._bytes = np.frombuffer(b"".join(names), dtype=np.uint8)
-        found = sorted({label for _, label in rows} - {""})
-        self.classes = found if classes is None else classes
-        if unknown := set(found) - set(self.classes):
-            fail(f"{flag} has a class that the training videos lack: {min(unknown)}")
-        number = {label: i for i, label in enumerate(["", *self.classes], start=-1)}
-        self.labels = np.array([number[label] for _, label in rows])
-        self.hash = _digest(self._bytes.tobytes() + self._ends.tobytes() + self.labels.tobytes())
-        self.moments, self.boxes = None, np.zeros((len(rows), 0, 4), np.float32)
-        self.reading = torch.full((64,), -1).share_memory_()  # by each worker: number of the video
-
-    def __len__(self):
-        return len(self._ends)
-
-    def __getitem__(self, i):
-        begin = self._ends[i - 1] if i else 0
-        name = os.fsdecode(self._bytes[begin : self._ends[i]].tobytes())  # IndexError ends a loop
-        if worker := torch.utils.data.get_worker_info():
-            self.reading[worker.id] = i
-        return os.path.join(self.root, name)
-
-
-def _rows(source, flag):
-    """(path relative to the folder or the list, label) of each video; # starts a comment line."""
-    if os.path.isdir(source):
-        found = glob.iglob("**/*", root_dir=source, recursive=True)
-        names = sorted(name for name in found if Path(name).suffix.lower() in _SUFFIXES)
-        yield from ((name, os.path.dirname(name)) for name in names)
-    elif not os.path.isfile(source) or source.suffix.lower() in _SUFFIXES:
-        fail(f"{flag} {source}: no such folder of videos or text list of their paths")
-    elif not os.access(source, os.R_OK):
-        fail(f"{flag} {source}: no permission to read it")
-    else:
-        for line in source.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n"):
-            if line.startswith("label,youtube_id"):
-                fail(f"{source} is a Kinetics annotation; a line must be PATH or PATH<TAB>LABEL")
-            name, _, label = line.partition("\t")
-            if name.strip() and not name.startswith("#"):
-                yield name.strip(), label.strip()
+@contextlib.contextmanager
+def _reasons(path):
+    """What goes wrong inside becomes a ValueError of one line that begins with the path."""
+    try:
+        yield
+    except (av.FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: {reason}") from None
 
 
 def _open(path):
@@ -386,214 +383,452 @@ def _open(path):
     return av.open(f"file:{path}", options=options)
 
 
+class VideoReader:
+    """A video file, read in one thread. All times are seconds from its first frame.
+
+    short_side: pixels, to which frames are scaled; the long side is at most 16 times as long.
+    Opening, `read` and `duration` raise a ValueError that begins with the path if they cannot."""
+
+    def __init__(self, path, short_side=None):
+        self.path = path
+        self.short_side = short_side
+        with _reasons(path):
+            self._open()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        self._container.close()
+
+    def _open(self):
+        """Open the file and decode the first frame, which says where time begins."""
+        self._container = _open(self.path)
+        self._stream = self._container.streams.best("video")
+        if self._stream is None or self._stream.codec_context is None:  # or of an unknown codec
+            raise ValueError("no video stream")
+        self._stream.thread_type = "NONE"
+        self._stream.codec_context.thread_count = 1
+        self._second = 1 / self._stream.time_base  # in ticks, the unit of a time stamp (pts)
+        self._start_decoding()
+        self._first = self._coming
+        if self._first is None:
+            raise ValueError("no frame with a time stamp can be decoded")
+        self._been_read = False
+
+    @cached_property
+    def duration(self):
+        """Seconds; from the header if it says, else from all packets."""
+        if self._stream.duration:
+            return float(self._stream.duration / self._second)
+        if self._container.duration:  # counted from 0, wherever the first frame is
+            return self._container.duration / av.time_base - float(max(0, self._first.time))
+        with _reasons(self.path), _open(self.path) as scan:
+            packets = scan.demux(scan.streams.best("video"))
+            last = max(packet.pts for packet in packets if packet.pts is not None)
+        return float((last - self._first.pts) / self._second)
+
+    def read(self, times):
+        """The frames on display at times of any shape, in any order, in one pass through the file.
+
+        At time t that is the last frame whose time stamp is at most t + 1 ms; past the end the
+        last one. Returns (*times.shape, H, W, 3) uint8 RGB, upright, of the first frame's size
+        before scaling."""
+        times = np.asarray(times, float)
+        seconds = np.clip(times.ravel(), 0, 1e9) + 1e-3
+        with _reasons(self.path):
+            if self._been_read:
+                self.close()
+                self._open()
+            self._been_read = True
+            limits = self._first.pts + (seconds * float(self._second)).astype(int)
+            pictures = self._pictures(limits.tolist())
+        return pictures.reshape(*times.shape, *pictures.shape[1:])
+
+    def _pictures(self, limits):
+        """(N, H, W, 3): for each of N time stamps the last frame up to it."""
+        height, width = self._size()
+        pictures = np.empty((len(limits), height, width, 3), np.uint8)
+        reformatter = av.video.reformatter.VideoReformatter()
+        shown = None
+        for k in np.argsort(limits, kind="stable"):
+            frame = self._frame_at(limits[k])
+            if frame is not shown:  # converted and scaled in one go
+                shown = frame
+                picture = reformatter.reformat(frame, width, height, "rgb24", threads=1)
+                picture = picture.to_ndarray()
+            pictures[k] = picture
+        degrees = self._first.rotation
+        if abs(degrees) > 360:  # the matrix is damaged
+            return pictures
+        return np.rot90(pictures, round(degrees / 90), axes=(1, 2))
+
+    def _size(self):
+        """Height and width of what is returned, before rotation."""
+        sides = self._first.height, self._first.width
+        if self.short_side is None:
+            return sides
+        scale = self.short_side / min(sides)
+        longest = 16 * self.short_side  # 4096 x 2 would become huge
+        return [min(round(side * scale), longest) for side in sides]
+
+    def _frame_at(self, limit):
+        """The last frame up to a time stamp, not before the one of the call before."""
+        if self._worth_seeking(limit):
+            self._seek(limit)
+        while self._coming and self._coming.pts <= limit:
+            self._shown = self._coming
+            self._coming = self._next_frame()
+        return self._shown
+
+    def _start_decoding(self):
+        """From where the container is now."""
+        self._packets = self._container.demux(self._stream)
+        self._decoded = []
+        self._coming = self._next_frame()
+
+    def _next_frame(self):
+        """The next one that has a time stamp; None at the end."""
+        while not self._decoded:
+            try:
+                packet = next(self._packets, None)
+                if packet is None:
+                    return None
+                self._decoded += [frame for frame in packet.decode() if frame.pts is not None]
+            except av.error.InvalidDataError:  # a damaged packet
+                continue
+            except IndexError:  # of a stream that begins here, which a new demuxer knows
+                self._packets = self._container.demux(self._stream)
+        return self._decoded.pop(0)
+
+    def _worth_seeking(self, limit):
+        """Whether a key frame lies between the coming frame and a time stamp, or is likely to."""
+        if self._coming is None or self._coming.pts > limit:
+            return False
+        if self._container.format.name == "mpeg":
+            return False  # it has too few time stamps to know where a seek has led
+        here = self._coming.pts
+        index = self._stream.index_entries
+        if len(index):
+            i = index.search_timestamp(limit)
+            if i >= 0 and index[i].timestamp > here:
+                return True
+            here = max(here, index[len(index) - 1].timestamp)
+        return limit - here > 2 * self._second  # the index, if any, ends before
+
+    def _seek(self, limit):
+        """Go on from a key frame at or before a time stamp."""
+        # an index in decoding order may lead too far, and the first packet be for an earlier moment
+        for seconds in (0, 2, 20):
+            place = max(math.floor(limit - seconds * self._second), self._first.pts)
+            try:
+                self._container.seek(place, stream=self._stream)
+            except av.FFmpegError:
+                continue
+            self._start_decoding()
+            if self._coming and self._coming.pts <= limit:
+                return
+        self.close()
+        self._open()
+
+
 def read_clips(path, starts, frames, stride, size=None):
-    """Decode clips of one video, in the order of `starts`, with one open and one thread.
-    starts: seconds from the first frame, (clips,), or the times of all frames, (clips, T), or what
-    makes them from the duration. Frame i is the one on display at start + i * stride / 30 seconds:
-    the last whose time stamp is at most 1 ms later; past the end the last frame repeats. size: the
-    short side in pixels. Returns (clips, T, H, W, 3) uint8 RGB, or raises ValueError."""
-    try:
-        with _open(path) as container:
-            stream = container.streams.best("video")
-            if stream is None or stream.codec_context is None:  # or of an unknown codec
-                raise ValueError("no video stream")
-            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-            if callable(starts):
-                starts = starts(_duration(path, container, stream))
-            times = _frame_times(np.asarray(starts, float), frames, stride)
-            pictures = _frames_at(container, stream, times.ravel(), size)
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    return pictures.reshape(*times.shape, *pictures.shape[1:])
+    """Clips of one video: frame i lies i * stride / 30 seconds after its start.
+
+    starts: seconds from the first frame, (clips,), or the times of all frames, (clips, T). size:
+    the short side in pixels. Returns (clips, T, H, W, 3) uint8 RGB in the order of starts; raises
+    ValueError. See VideoReader."""
+    with VideoReader(path, size) as reader:
+        return reader.read(frame_times(np.asarray(starts, float), frames, stride))
 
 
-def _frame_times(starts, frames, stride):
+def frame_times(starts, frames, stride):
     """(clips,) starts, or the (clips, T) times themselves -> (clips, T)."""
-    return starts if starts.ndim == 2 else starts[:, None] + np.arange(frames) * stride / 30
+    if starts.ndim == 2:
+        return starts
+    return starts[:, None] + np.arange(frames) * stride / 30
 
 
-def _duration(path, container, stream):
-    """Seconds; from the header if it says, else from all packets."""
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    if container.duration:  # counted from 0, wherever the first frame is
-        return container.duration / av.time_base - max(0, container.start_time or 0) / av.time_base
-    with _open(path) as scan:
-        packets = [p for p in scan.demux(scan.streams.best("video")) if p.size]
-    times = [p.pts for p in packets if p.pts is not None]
-    if not times:  # a raw stream has no time stamps
-        return len(packets) / float(stream.average_rate or 30)
-    return float((max(times) - min(times)) * stream.time_base)
+# --- data set
+
+SUFFIXES = set(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .flv .wmv .3gp .ogv".split())
 
 
-def _decode(container, stream):
-    """(seconds, frame) from here on. A packet that cannot be decoded is passed over."""
-    packets, count = container.demux(stream), 0
-    while True:
-        try:
-            packet = next(packets, None)
-            decoded = packet.decode() if packet else []
-        except av.error.InvalidDataError:
-            continue
-        except IndexError:  # of a stream that begins here, which a new demuxer knows
-            packets = container.demux(stream)
-            continue
-        if packet is None:
-            return
-        for frame in decoded:
-            yield count / (stream.average_rate or 30) if frame.pts is None else frame.time, frame
-            count += 1
+def find_data(cfg):
+    """(training videos, test videos) that --data names: two folders train/ and val/, two splits of
+    one csv, or all of them and "" for the test videos."""
+    if not cfg.data:
+        demo = _demo_videos("data/demo")
+        return demo / "train", demo / "val"
+    root = Path(cfg.data)
+    if (root / "train").is_dir() and (root / "val").is_dir():
+        return root / "train", root / "val"
+    if root.name == "train" and root.with_name("val").is_dir():
+        return root, root.with_name("val")
+    if root.suffix == ".csv" and root.is_file() and list_videos(root, "val")[0]:
+        return root, root
+    return root, ""
 
 
-def _frames_at(container, stream, times, size):
-    """(len(times), H, W, 3): for each time, in seconds from the first frame, what is on display."""
-    decoder = _decode(container, stream)
-    coming = next(decoder, None)
-    if coming is None:
-        raise ValueError("no frame can be decoded")
-    zero, first = coming
-    scale = size / min(first.height, first.width) if size else 1
-    longest = 16 * size if size else max(first.height, first.width)  # 4096 x 2 would be huge
-    height, width = (min(max(1, round(s * scale)), longest) for s in (first.height, first.width))
-    pictures = np.empty((len(times), height, width, 3), dtype=np.uint8)
-    reformatter, picture = av.video.reformatter.VideoReformatter(), None
-    for k in np.argsort(times, kind="stable"):
-        limit = zero + max(times[k], 0.0) + 1e-3
-        if coming and coming[0] <= limit and _worth_seeking(stream, coming, limit):
-            decoder, coming = _seek(container, stream, limit, zero)
-        while coming and coming[0] <= limit:
-            shown, coming, picture = coming[1], next(decoder, None), None
-        if picture is None:  # converted and scaled in one go
-            picture = reformatter.reformat(shown, width, height, "rgb24", threads=1).to_ndarray()
-        pictures[k] = picture
-    turns = first.rotation / 90 if abs(first.rotation) <= 360 else 0  # else the matrix is damaged
-    return np.rot90(pictures, round(turns), axes=(1, 2))
+def list_videos(source, split=None):
+    """List the videos of a source: (paths, labels), "" for no label.
 
-
-def _worth_seeking(stream, coming, target):
-    """Whether a key frame lies between the coming frame and a time, or is likely to."""
-    if coming[1].pts is None or stream.container.format.name == "mpeg":
-        return False  # no time stamps, or too few of them to know where a seek has led
-    here, target, index = coming[1].pts, round(target / stream.time_base), stream.index_entries
-    if len(index):
-        i = index.search_timestamp(target)
-        if i >= 0 and index[i].timestamp > here:
-            return True
-        here = max(here, index[len(index) - 1].timestamp)
-    return (target - here) * stream.time_base > 2  # the index, if any, ends before the target
-
-
-def _seek(container, stream, target, zero):
-    """Go on from a key frame at or before a time: (decoder, its first frame)."""
-    # an index in decoding order may lead too far, and the first packet be for an earlier moment
-    for place in (target, max(target - 2, zero), max(target - 20, zero), zero, zero - 1):
-        try:
-            container.seek(math.floor(place / stream.time_base), stream=stream)
-        except av.FFmpegError:
-            continue
-        decoder = _decode(container, stream)
-        coming = next(decoder, None)
-        if coming and coming[0] <= target:
-            return decoder, coming
-    raise ValueError(f"cannot seek to {target - zero:.3f} s")
-
-
-# --- demo videos
-
-_COATS = {  # in the acrobat's own coordinates: dark below -0.42, light above 0.42
-    "solid": lambda u, v, f: np.ones_like(u),
-    "stripes": lambda u, v, f: np.sin(2 * np.pi * f * u),
-    "dots": lambda u, v, f: 1.6 * (np.cos(2 * np.pi * f * u) + np.cos(2 * np.pi * f * v)) - 1,
-    "checks": lambda u, v, f: 2.5 * np.sin(1.2 * np.pi * f * u) * np.sin(1.2 * np.pi * f * v),
-}
-_TRICKS = ["spin", "bounce", "swing", "pulse"]
-
-
-def demo_videos(folder, seed=0, scenes=4, train=400, val=200):
-    """Make the demo's mp4 files, <folder>/{train,val}/<coat>-<trick>/NNNN.mp4, unless they exist,
-    the same for a seed. An acrobat in a coat does a trick for 4 s (60 frames, 64 x 64) while
-    backdrop, colours and light change `scenes` - 1 times. Coat and trick are the class, and last;
-    what changes is a nuisance that clips from different times do not share. Returns the folder."""
-    folder = Path(folder)
-    while rank() > 0 and os.environ["LOCAL_RANK"] != "0" and not folder.exists():
-        time.sleep(0.2)  # if the process that makes them dies, torchrun ends this one
-    if folder.exists():
-        return folder
-    say(f"making {train + val} demo videos in {folder}, once")
-    building = folder.with_name(f".{folder.name}-{os.uname().nodename}-{os.getpid()}")
-    jobs = [(building / "train", i, (seed, 0, i), scenes) for i in range(train)]
-    jobs += [(building / "val", i, (seed, 1, i), scenes) for i in range(val)]
+    source: a folder, searched at any depth (the folder that a video lies in is its label), a video
+    file, a text list (`path` or `path<TAB>label` lines, # comments), or a csv with a header (columns
+    path, label, split: "train" takes the rows train, "val" the rows val or test). A listed path is
+    relative to its list. Ends the process if the source cannot be read."""
+    source = Path(source)
     try:
-        with ProcessPoolExecutor(len(os.sched_getaffinity(0)), initializer=_quiet) as pool:
-            list(tqdm(pool.map(_write_acrobat, jobs, chunksize=8), total=len(jobs), disable=None))
-        building.rename(folder)
+        if source.is_dir():
+            found = glob.iglob("**/*", root_dir=source, recursive=True)
+            names = sorted(name for name in found if Path(name).suffix.lower() in SUFFIXES)
+            rows = [(name, os.path.dirname(name)) for name in names]
+        elif source.suffix.lower() in SUFFIXES and source.is_file():
+            return [str(source)], [""]
+        elif source.suffix == ".csv":
+            rows = _csv_rows(source, split)
+        else:
+            rows = _text_rows(source)
     except OSError as error:
-        if not folder.exists():  # else another run was faster
-            fail(f"cannot make the demo videos in {folder}: {error}")
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+        fail(f"{source}: {error.strerror}")
+    root = source if source.is_dir() else source.parent
+    return [os.path.join(root, name) for name, _ in rows], [label for _, label in rows]
+
+
+def _read_list(source):
+    return source.read_text(encoding="utf-8-sig", errors="surrogateescape")
+
+
+def _text_rows(source):
+    rows = []
+    for line in _read_list(source).split("\n"):
+        path, _, label = line.partition("\t")
+        if path.strip() and not path.startswith("#"):
+            rows.append((path.strip(), label.strip()))
+    return rows
+
+
+def _csv_rows(source, split):
+    wanted = {"train": ("train",), "val": ("val", "test")}.get(split)
+    reader = csv.DictReader(_read_list(source).splitlines())
+    columns = reader.fieldnames or []
+    if "youtube_id" in columns:
+        fail(f"{source} is a Kinetics annotation: make a csv with columns path and label of it")
+    if "path" not in columns:
+        fail(f"{source}: the first line must name the columns: path, label, split")
+    if split == "val" and "split" not in columns:
+        return []
+    rows = []
+    for row in reader:
+        if wanted is None or row.get("split", "train") in wanted:
+            rows.append(((row["path"] or "").strip(), (row.get("label") or "").strip()))
+    return rows
+
+
+def _demo_videos(folder):
+    """Make the demo's videos, once; other processes of this machine wait for them."""
+    folder = Path(folder)
+    if rank() == 0 or os.environ["LOCAL_RANK"] == "0":
+        if not folder.exists():
+            script = Path(__file__).with_name("tests") / "demo_videos.py"
+            if subprocess.run([sys.executable, script, folder]).returncode:
+                fail(f"cannot make the demo's videos in {folder}: give --data")
+    while not folder.exists():  # if the process that makes them dies, torchrun ends this one
+        time.sleep(0.2)
     return folder
 
 
-def _write_acrobat(job):
-    folder, i, seed, scenes = job
-    coat, trick = [*_COATS][i % 4], _TRICKS[i // 4 % 4]
-    path = folder / f"{coat}-{trick}" / f"{i:04d}.mp4"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        options = {"crf": "20", "preset": "veryfast", "threads": "1", "g": "12", "bf": "0"}
-        stream = container.add_stream("libx264", rate=15, options=options)
-        stream.width = stream.height = 64
-        for picture in _acrobat(coat, trick, scenes, np.random.default_rng(seed)):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+class BadVideo(Exception):
+    """A video that cannot be read; str() says which one and why."""
 
 
-def _acrobat(coat, trick, scenes, rng, frames=60, side=64):
-    """One demo video, (frames, side, side, 3) uint8."""
-    t = np.arange(frames)[:, None, None]
-    y, x = np.mgrid[-1 : 1 : side * 1j, -1 : 1 : side * 1j][:, None]  # (1, side, side) each
-    wave = 2 * np.pi * t / rng.uniform(10, 14) + rng.uniform(0, 2 * np.pi)
-    spin, bounce, swing, pulse = (float(trick == name) for name in _TRICKS)
-    angle = rng.uniform(-0.3, 0.3) + spin * wave
-    size = 0.6 * rng.uniform(0.85, 1.15) * (1 + 0.35 * pulse * np.sin(wave))
-    dx = x - rng.uniform(-0.15, 0.15) - 0.5 * swing * np.sin(wave)
-    dy = y - rng.uniform(-0.15, 0.15) + bounce * (0.8 * np.abs(np.sin(wave / 2)) - 0.4)
-    u = (np.cos(angle) * dx + np.sin(angle) * dy) / size  # (frames, side, side): on the acrobat
-    v = (np.cos(angle) * dy - np.sin(angle) * dx) / size
-    radius, corners = 1.0, rng.choice([0, 3, 4])  # disc, triangle, square
-    if corners:
-        part, theta = 2 * np.pi / corners, np.arctan2(v, u)
-        radius = 1.15 * np.cos(part / 2) / np.cos(theta % part - part / 2)
-    edge = (radius - np.hypot(u, v)) * size * side / 2  # pixels to the rim, positive inside
-    eye = np.clip((0.17 - np.hypot(u - 0.4, v + 0.2)) * size * side / 2 + 0.5, 0, 1)[..., None]
-    shade = 0.25 + 0.75 * np.clip(0.5 + 1.2 * _COATS[coat](u, v, rng.uniform(1.2, 1.6)), 0, 1)
-    shade = (shade * np.clip(edge - 0.7, 0, 1))[..., None]  # a dark outline
-    inside = np.clip(edge + 0.5, 0, 1)[..., None]
-    # what changes: backdrop, colours and light, new in every scene
-    cuts = frames * (np.arange(1, scenes) + rng.uniform(-0.2, 0.2, scenes - 1)) / scenes
-    scene = (t > cuts).sum(-1)[:, 0]  # (frames,)
-    low, high, own = rng.uniform(0.1, 0.9, (3, scenes, 1, 1, 3))[:, scene]  # (frames, 1, 1, 3)
-    pace, phase, way = rng.uniform(0, 1, (3, scenes, 1, 1))[:, scene]  # of a wave in the backdrop
-    along = np.cos(2 * np.pi * way) * x + np.sin(2 * np.pi * way) * y
-    mix = np.sin((0.8 + 2.7 * pace) * along + 2 * np.pi * phase + 0.05 * t)[..., None] / 2 + 0.5
-    light = rng.uniform(0.65, 1.3, (scenes, 1, 1, 1))[scene]
-    body = shade * own / own.max(-1, keepdims=True) * (1 - eye) + eye
-    picture = light * (inside * body + (1 - inside) * (low + mix * (high - low)))
-    return (np.clip(picture + rng.normal(0, 0.02, picture.shape), 0, 1) * 255).astype(np.uint8)
+class VideoClips(Dataset):
+    """The rho clips of each video, augmented, indexed by (epoch, index).
+
+    An item is a dict: clips (V, 3, T, H, W) float32, label (-1: none), index (of the video), starts
+    (V,) seconds (or (V, T): of all frames), bad (reasons of videos that could not be read). It
+    depends on (cfg.seed, epoch, index) alone. A video that cannot be read is replaced by another.
+
+    sample_clips(duration, clip_seconds, rho, timespan, rng): the starts of the clips, (rho,), or the
+    times of all frames, (rho, T), in seconds. transform: the whole augmentation of a clip,
+    (T, 3, H, W) uint8 -> (T, 3, h, w) float32, instead of cfg.augment. videos: (paths, labels).
+
+    Override open() to read anything else than video files, views() to make other tensors.
+    """
+
+    def __init__(self, cfg, sample_clips, transform=None, videos=None):
+        self.cfg, self.sample_clips, self.transform = cfg, sample_clips, transform
+        source = cfg.data
+        if videos is None:
+            source, _ = find_data(cfg)
+            videos = list_videos(source, "train")
+        paths, labels = videos
+        if not paths:
+            fail(f"no videos in {source} (looked for {' '.join(sorted(SUFFIXES))})")
+        self.classes = sorted(set(labels) - {""})
+        self._keep(paths, labels)
+        self.crop, self.color = train_transform(cfg)
+        self.color_on_device = device().type == "cuda" and transform is None
+        print_main(f"data: {len(paths)} videos, {len(self.classes)} classes, {source or 'demo'}")
+        if "rho" in cfg.__dataclass_fields__:
+            fit_to_videos(cfg, len(paths))
+
+    def _keep(self, paths, labels):
+        # one array of bytes: a million Python strings would be copied into each worker, page by
+        # page, as their reference counts change
+        self._paths = np.array([os.fsencode(path) for path in paths])  # (n,)
+        numbers = {label: number for number, label in enumerate(self.classes)}
+        self.labels = np.array([numbers.get(label, -1) for label in labels])  # (n,)
+
+    def subset(self, paths, labels):
+        """This data set with other videos, its classes numbered as here (-1: another label)."""
+        other = copy.copy(self)
+        other._keep(paths, labels)
+        return other
+
+    def __len__(self):
+        return len(self._paths)
+
+    def path(self, index):
+        return os.fsdecode(self._paths[index])
+
+    def open(self, index, short_side):
+        """A reader of a video: .duration in seconds, .read(times) -> (N, H, W, 3) uint8 RGB whose
+        short side is short_side pixels, .close(). ValueError if it cannot be read."""
+        return VideoReader(self.path(index), short_side)
+
+    def read(self, index, short_side, choose):
+        """Frames of a video, (clips, T, H, W, 3) uint8, and their starts, which choose(duration)
+        gives: (clips,) or (clips, T). Raises BadVideo."""
+        try:
+            reader = self.open(index, short_side)
+            duration = reader.duration
+        except ValueError as error:
+            raise BadVideo(error) from None
+        starts = np.asarray(choose(duration), float)  # not guarded: a mistake here is one in code
+        times = frame_times(starts, self.cfg.frames, self.cfg.stride)
+        try:
+            frames = reader.read(times.ravel())
+        except ValueError as error:
+            raise BadVideo(error) from None
+        finally:
+            reader.close()
+        return frames.reshape(*times.shape, *frames.shape[1:]), starts
+
+    def views(self, frames, rng):
+        """Frames (rho, T, H, W, 3) uint8 -> the tensors of an item: {"clips": (V, 3, T, H, W)}."""
+        clips = torch.from_numpy(frames).permute(0, 1, 4, 2, 3)  # (rho, T, 3, H, W)
+        clips = clips.expand(self.cfg.num_views, *clips.shape[1:])  # rho = 1: the one clip twice
+        seeds = torch.from_numpy(rng.integers(2**62, size=(2, len(clips))))  # crop, color
+        if self.transform:
+            pairs = zip(clips, seeds[0], strict=True)
+            return {
+                "clips": torch.stack([_draw(self.transform, *p) for p in pairs]).transpose(1, 2)
+            }
+        cropped = torch.stack([_draw(self.crop, *p) for p in zip(clips, seeds[0], strict=True)])
+        if self.color_on_device:
+            return {"clips": cropped, "seeds": seeds[1]}  # Run.batches() does the rest
+        return {"clips": augment(cropped, seeds[1], self.color)}
+
+    def __getitem__(self, key):
+        cfg, (epoch, index) = self.cfg, key
+        bad = []
+        for attempt in range(10):
+            rng = np.random.default_rng((cfg.seed, epoch, index, attempt))
+            chosen = index if attempt == 0 else int(rng.integers(len(self)))
+            short_side = int(rng.integers(*cfg.short_side, endpoint=True))
+
+            def choose(duration, rng=rng):
+                return self.sample_clips(duration, cfg.clip_seconds, cfg.rho, cfg.timespan, rng)
+
+            try:
+                frames, starts = self.read(chosen, short_side, choose)
+            except BadVideo as error:
+                bad.append(str(error))
+                continue
+            starts = torch.from_numpy(starts)  # (rho,) or (rho, T)
+            item = {"label": int(self.labels[chosen]), "index": chosen, "bad": "\n".join(bad)}
+            item["starts"] = starts.expand(cfg.num_views, *starts.shape[1:])
+            return item | self.views(frames, rng)
+        return {"bad": "\n".join(bad)}
+
+
+def collate(items):
+    """A batch of the items; of one without clips only the reasons are left."""
+    if all("clips" in item for item in items):
+        return default_collate(items)
+    return {"bad": [item["bad"] for item in items]}
+
+
+def fit_to_videos(cfg, n):
+    """Fit batch size and epochs to n videos: with --small (if they are not given) to at most a
+    quarter of the videos and at least 400 steps. Ends the process if the batch does not fit."""
+    ranks = world_size()
+    if cfg.small or not cfg.data:
+        if "batch_size" not in cfg.given:
+            cfg.batch_size = max(2, min(40, n // 4) // ranks) * ranks
+        steps = n // cfg.batch_size
+        if "epochs" not in cfg.given and steps:
+            cfg.epochs = math.ceil(400 / steps)
+        print_main(f"chosen for {n} videos: batch size {cfg.batch_size}, {cfg.epochs} epochs")
+    _check_batch(cfg)
+    if cfg.show_views:
+        cfg.batch_size = min(cfg.batch_size, max(2, n // ranks) * ranks)
+    if cfg.batch_size > n:
+        fail(f"--batch-size {cfg.batch_size}: there are only {n} videos")
+
+
+class TrainSampler:
+    """Batches of (epoch, index) for this rank, from any step on.
+
+    Each epoch has its own order of all n videos; rank r takes the contiguous slice r of a batch."""
+
+    def __init__(self, cfg, n, first, last):
+        self.cfg, self.n, self.first, self.last = cfg, n, first, last
+
+    def __len__(self):
+        return self.last - self.first
+
+    def __iter__(self):
+        batch, share = self.cfg.batch_size, self.cfg.batch_size // world_size()
+        for step in range(self.first, self.last):
+            epoch, i = divmod(step, self.n // batch)
+            order = np.random.default_rng((self.cfg.seed, epoch)).permutation(self.n)
+            begin = i * batch + rank() * share
+            yield [(epoch, int(index)) for index in order[begin : begin + share]]
+
+
+def worker_init(_=None):
+    """Signals are the main process's affair: under torchrun they reach workers first, and a rank
+    that lost its workers could not save. FFmpeg keeps silent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    av.logging.set_level(None)
+
+
+def _loader(cfg, dataset, **how):
+    pin = device().type == "cuda"
+    how |= {"num_workers": cfg.workers, "worker_init_fn": worker_init, "pin_memory": pin}
+    return DataLoader(dataset, **how)
 
 
 # --- augmentation
 
-_MEAN, _STD = 0.45, 0.225  # of every channel (DEF:687)
+MEAN, STD = 0.45, 0.225  # of every channel (released defaults.py, lines 687 and 693)
 
 
-def _operators(args):
-    """What crops a clip, and what follows; each draws once for all frames (TRF:1073, tint 1102)."""
-    names = set(args.augment.split(",")) - {"none"}
+def train_transform(cfg):
+    """(crop, color): transforms of a clip (T, 3, H, W); each draws once for all its frames.
+
+    The order is fixed, whatever the order in cfg.augment: crop, flip, jitter, gray, blur, tint,
+    rotate, cutout, noise, sobel (released transform.py, lines 1073 and 1102)."""
+    strength = 0.8 * getattr(cfg, "color_strength", 0.75)
     table = {
         "flip": v2.RandomHorizontalFlip(0.5),
-        "jitter": v2.RandomApply([v2.ColorJitter(0.6, 0.6, 0.6, 0.15)], p=0.8),
+        "jitter": v2.RandomApply([v2.ColorJitter(*[strength] * 3, strength / 4)], p=0.8),
         "gray": v2.RandomGrayscale(0.2),
         "blur": v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=0.5),  # 13: 3 sigma each side
         "tint": v2.Compose([v2.RandomGrayscale(0.2), v2.ColorJitter(0.4, 0.4, 0.4, 0.1)]),
@@ -602,147 +837,73 @@ def _operators(args):
         "noise": _noise,
         "sobel": _sobel,
     }
+    names = set(cfg.augment.split(",")) - {"none"}
     if unknown := names - {"crop", *table}:
-        fail(f"--augment {min(unknown)} is none of crop, {', '.join(table)}, none")
-    crop = v2.Compose([v2.Resize(args.size), v2.CenterCrop(args.size)])
-    if "crop" in names and "crop_area" in args:
-        crop = v2.RandomResizedCrop(args.size, scale=args.crop_area, ratio=(3 / 4, 4 / 3))
+        choices = ", ".join(["crop", *table, "none"])
+        fail(f"--augment: unknown augmentation {min(unknown)}; choose from {choices}")
+    area = getattr(cfg, "crop_area", (0, 0))
+    crop = v2.Compose([v2.Resize(cfg.size), v2.CenterCrop(cfg.size)])
+    if "crop" in names and any(area):
+        crop = v2.RandomResizedCrop(cfg.size, scale=area, ratio=(3 / 4, 4 / 3))
     elif "crop" in names:
-        crop = v2.RandomCrop(args.size)
-    return crop, [operator for name, operator in table.items() if name in names]
+        crop = v2.RandomCrop(cfg.size)
+    color = [transform for name, transform in table.items() if name in names]
+    return crop, v2.Compose(color or [v2.Identity()])
 
 
 def _noise(clip):
-    """Gaussian, of deviation 0.1, the same in all frames; drawn on the CPU, as everything is."""
+    """Gaussian, standard deviation 0.1, the same in all frames; drawn on the CPU."""
     return (clip + 0.1 * torch.randn(clip.shape[1:]).to(clip.device)).clamp(0, 1)
 
 
 def _sobel(clip):
-    """(T, 3, H, W) -> the length of the grey picture's gradient, in all three channels."""
+    """(T, 3, H, W) -> the length of the gray picture's gradient, in all three channels."""
     x = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]], device=clip.device) / 4
     gray = F.pad(v2.functional.rgb_to_grayscale(clip), (1, 1, 1, 1), mode="replicate")
     gradient = F.conv2d(gray, torch.stack([x, x.T])[:, None])  # (T, 2, H, W)
     return gradient.norm(dim=1, keepdim=True).clamp(max=1).expand_as(clip)
 
 
-def _batch(args, videos, sample_clips, on_cpu, step):
-    """This rank's part, a contiguous slice, of the batch of a step, in a worker: views (B, V, ...),
-    seeds (B, V), starts (B, V) or (B, V, T), boxes (B, V, M, 4), numbers of the videos (B,), and
-    the reasons of bad ones. A view is (T, 3, H, W) uint8, on a CPU (3, T, H, W) float32, done."""
-    epoch, i = divmod(step, len(videos) // args.batch_size)
-    order = np.random.default_rng((args.seed, epoch)).permutation(len(videos))
-    share = args.batch_size // world_size()
-    begin = i * args.batch_size + rank() * share
-    crop, rest = _operators(args)
-    bad, items = [], []
-    for video in order[begin : begin + share]:
-        items.append(_views(args, videos, sample_clips, crop, (epoch, int(video)), bad))
-        if items[-1] is None:
-            return *[None] * 5, bad
-    views, seeds, *more = (default_collate(column) for column in zip(*items, strict=True))
-    return _augment(views, seeds, rest) if on_cpu else views, seeds, *more, bad
-
-
-def _views(args, videos, sample_clips, crop, key, bad):
-    """The cropped views of a video, all randomness from the seed and the key (epoch, number); a bad
-    one is replaced by the same other one for the same seed, and bad gets the reason."""
-    for attempt in range(20):
-        rng, starts = np.random.default_rng((args.seed, *key, attempt)), []
-        number = key[1] if attempt == 0 else int(rng.integers(len(videos)))
-        moment = _moment(videos, number)
-
-        def choose(duration, rng=rng, starts=starts, moment=moment):
-            rho, timespan = getattr(args, "rho", 1), getattr(args, "timespan", None)
-            span = args.frames * args.stride / 30
-            starts += sample_clips(duration, span, rho, timespan, rng, **moment)
-            return starts
-
-        size = int(rng.integers(args.short_side[0], args.short_side[-1], endpoint=True))
-        try:
-            clips = read_clips(videos[number], choose, args.frames, args.stride, size)
-        except ValueError as error:
-            bad.append(str(error))
-            continue
-        clips = torch.from_numpy(clips.copy()).permute(0, 1, 4, 2, 3)  # (rho, T, 3, H, W)
-        clips = clips.expand(args.views, *clips.shape[1:])  # rho = 1: one clip, cropped twice
-        seeds = torch.from_numpy(rng.integers(2**62, size=(2, args.views)))
-        boxes = _boxes(videos, number, *clips.shape[-2:])
-        cropped = [_draw([crop], (c, boxes), s) for c, s in zip(clips, seeds[0], strict=True)]
-        turned = len(boxes) > 0 and "flip" in args.augment.split(",")  # the views: in _augment
-        flip = _operators(args)[1][:1] if turned else []
-        views, boxes = zip(*cropped, strict=True)
-        boxes = [_draw(flip, *pair) for pair in zip(boxes, seeds[1], strict=True)]
-        starts = torch.tensor(starts)  # (rho,), or (rho, T) times of all frames
-        starts = starts.expand(args.views, *starts.shape[1:])
-        return torch.stack(views), seeds[1], starts, torch.stack(boxes), number
-
-
-def _moment(videos, i):
-    return {} if videos.moments is None else {"moment": float(videos.moments[i])}
-
-
-def _boxes(videos, i, height, width):
-    """(M, 4): in pixels of a whole picture."""
-    boxes = torch.from_numpy(videos.boxes[i]) * torch.tensor([width, height] * 2)
-    return torchvision.tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
-
-
-def _draw(operators, clip, seed):
+def _draw(transform, clip, seed):
     torch.default_generator.manual_seed(int(seed))  # the one that transforms.v2 draws from
-    for operator in operators:
-        clip = operator(clip)
-    return clip
+    return transform(clip)
 
 
-def _augment(views, seeds, operators):
-    """(B, V, T, 3, H, W) uint8 -> (B, V, 3, T, H, W) float32, normalised, on the same device."""
-    views = v2.functional.to_dtype(views, torch.float32, scale=True)
-    for b, v in np.ndindex(*seeds.shape):
-        views[b, v] = _draw(operators, views[b, v], seeds[b, v])
-    return ((views - _MEAN) / _STD).transpose(2, 3)
+def augment(clips, seeds, color):
+    """Flip, color and blur: (..., T, 3, H, W) uint8 and seeds (...) -> (..., 3, T, H, W) float32,
+    normalised, on the same device."""
+    clips = v2.functional.to_dtype(clips, torch.float32, scale=True)
+    for place in np.ndindex(*seeds.shape):
+        clips[place] = _draw(color, clips[place], seeds[place])
+    return normalize(clips).transpose(-3, -4)
 
 
-def _show_views(args, clips, starts):
+def normalize(pictures):
+    """Pictures in [0, 1] -> what a network takes."""
+    return (pictures - MEAN) / STD
+
+
+def save_views(path, clips, starts, cfg):
     """Write a picture of up to 4 videos: a row for each view, a column for each frame."""
-    pictures = (clips[:4] * _STD + _MEAN).transpose(2, 3).clamp(0, 1).flatten(0, 2)
-    pictures = F.interpolate(pictures, scale_factor=math.ceil(96 / args.size))
-    times = _frame_times(starts[:4].flatten(0, 1).numpy(), args.frames, args.stride)
-    corner, mark = torch.tensor([[0, 0, 1, 1]]), torchvision.utils.draw_bounding_boxes
-    pairs = zip(pictures.cpu(), times.flatten(), strict=True)
-    marked = [mark(picture, corner, [f"{seconds:.2f} s"]) for picture, seconds in pairs]
-    save = partial(torchvision.utils.save_image, marked, nrow=args.frames, format="png")
-    write(args.show_views, save)
-    say(f"wrote {args.show_views}: {len(clips[:4])} videos, {args.views} views each")
-
-
-def _check_data(args, videos):
-    """Read two places of every video, name those that cannot be read, list the others, and stop."""
-    labels, clean = ["", *(f"\t{name}" for name in videos.classes)], Path(args.out, "clean.txt")
-    args.allow_missing = True
-    rows, problems = evaluate(args, videos, lambda x: torch.zeros(1), clips=2)
-    for problem in problems:
-        say(f"bad: {problem}")
-    good = torch.nonzero(rows.isfinite())[:, 0].tolist()
-    lines = [os.path.abspath(videos[i]) + labels[videos.labels[i] + 1] + "\n" for i in good]
-    write(clean, lambda file: file.writelines(map(os.fsencode, lines)))
-    say(f"{len(good)} of {len(videos)} videos can be read, a list: {clean}")
-    sys.exit(0)
-
-
-def _quiet(_=None):
-    """For a worker process: signals are the main process's affair, FFmpeg keeps silent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    av.logging.set_level(None)
+    pictures = (clips[:4].cpu() * STD + MEAN).transpose(2, 3).clamp(0, 1).flatten(0, 2)
+    pictures = F.interpolate(pictures, scale_factor=math.ceil(96 / pictures.shape[-1]))
+    times = frame_times(starts[:4].flatten(0, 1).numpy(), cfg.frames, cfg.stride).flatten()
+    corner = torch.tensor([[0, 0, 1, 1]])
+    marked = []
+    for picture, seconds in zip(pictures, times, strict=True):
+        label = [f"{seconds:.2f} s"]
+        marked.append(torchvision.utils.draw_bounding_boxes(picture, corner, label))
+    grid = torchvision.utils.make_grid(marked, nrow=cfg.frames)
+    write_file(path, lambda file: torchvision.utils.save_image(grid, file, format="png"))
+    print_main(f"wrote {path}: {len(clips[:4])} videos, {clips.shape[1]} views each")
 
 
 # --- backbones
 
 
-class _Backbone(nn.Sequential):
-    """Named stages in a row: features(x) is the last map; calling it adds the global average.
-
-    (B, 3, T, H, W) of any size -> (B, feature_dim) float32."""
+class Backbone(nn.Sequential):
+    """Named stages in a row: (B, 3, T, H, W) of any size -> (B, feature_dim) float32, the average
+    over time and space of the last map, which features(x) returns."""
 
     def __init__(self, feature_dim, stages):
         super().__init__(OrderedDict(stages))
@@ -756,76 +917,105 @@ class _Backbone(nn.Sequential):
 
 
 def _conv(inputs, outputs, kernel, stride=(1, 1, 1)):
-    """A convolution that keeps the size but for its stride; init of INIT:116."""
-    conv = nn.Conv3d(inputs, outputs, kernel, stride, [k // 2 for k in kernel], bias=False)
+    """A convolution that keeps the size but for its stride (weight_init_helper.py, lines 21-33)."""
+    padding = [k // 2 for k in kernel]
+    conv = nn.Conv3d(inputs, outputs, kernel, stride, padding, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
 
 
-class _Bottleneck(nn.Module):
-    """Kernels 1x1x1 or 3x1x1, 1x3x3, 1x1x1, and a shortcut; the released code's names (RH:259)."""
+class Bottleneck(nn.Module):
+    """Convolutions 1x1x1 or 3x1x1, then 1x3x3, then 1x1x1, and a shortcut; the released names
+    (resnet_helper.py, line 259)."""
 
     def __init__(self, inputs, width, time_kernel, stride):
         super().__init__()
-        bn, relu, outputs = nn.BatchNorm3d, nn.ReLU(inplace=True), 4 * width
+        outputs = 4 * width
         self.branch1 = None
         if inputs != outputs:
             self.branch1 = _conv(inputs, outputs, (1, 1, 1), (1, stride, stride))
-            self.branch1_bn = bn(outputs)
-        a = _conv(inputs, width, (time_kernel, 1, 1))
-        b = _conv(width, width, (1, 3, 3), (1, stride, stride))
-        c = _conv(width, outputs, (1, 1, 1))
-        layers = dict(a=a, a_bn=bn(width), a_relu=relu, b=b, b_bn=bn(width), b_relu=relu)
-        self.branch2 = nn.Sequential(OrderedDict(**layers, c=c, c_bn=bn(outputs)))
+            self.branch1_bn = nn.BatchNorm3d(outputs)
+        self.branch2 = nn.Sequential(
+            OrderedDict(
+                a=_conv(inputs, width, (time_kernel, 1, 1)),
+                a_bn=nn.BatchNorm3d(width),
+                a_relu=nn.ReLU(inplace=True),
+                b=_conv(width, width, (1, 3, 3), (1, stride, stride)),
+                b_bn=nn.BatchNorm3d(width),
+                b_relu=nn.ReLU(inplace=True),
+                c=_conv(width, outputs, (1, 1, 1)),
+                c_bn=nn.BatchNorm3d(outputs),
+            )
+        )
 
     def forward(self, x):
-        shortcut = x if self.branch1 is None else self.branch1_bn(self.branch1(x))
+        shortcut = x
+        if self.branch1 is not None:
+            shortcut = self.branch1_bn(self.branch1(x))
         return F.relu(shortcut + self.branch2(x), inplace=True)
 
 
-def _slow_r50():
-    """SlowFast's Slow pathway on ResNet-50: no stride in time, 3x1x1 in the last two stages."""
-    conv, pool = _conv(3, 64, (1, 7, 7), (1, 2, 2)), nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1))
-    stem = OrderedDict(conv=conv, bn=nn.BatchNorm3d(64), relu=nn.ReLU(inplace=True), pool=pool)
+def slow(blocks):
+    """SlowFast's Slow pathway: no stride in time, kernels 3x1x1 in the last two stages.
+
+    blocks: residual blocks per stage."""
+    stem = OrderedDict(
+        conv=_conv(3, 64, (1, 7, 7), (1, 2, 2)),
+        bn=nn.BatchNorm3d(64),
+        relu=nn.ReLU(inplace=True),
+        pool=nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
+    )
     stages = {"s1": nn.Sequential(OrderedDict(pathway0_stem=nn.Sequential(stem)))}
-    inputs, plan = 64, {"s2": (3, 64, 1), "s3": (4, 128, 1), "s4": (6, 256, 3), "s5": (3, 512, 3)}
-    for name, (blocks, width, time_kernel) in plan.items():
+    inputs = 64
+    for s, width in enumerate((64, 128, 256, 512)):
         stage = OrderedDict()
-        for i in range(blocks):
-            stride = 2 if i == 0 and name != "s2" else 1
-            stage[f"pathway0_res{i}"] = _Bottleneck(inputs, width, time_kernel, stride)
+        for i in range(blocks[s]):
+            time_kernel = 3 if s >= 2 else 1
+            stride = 2 if i == 0 and s > 0 else 1
+            stage[f"pathway0_res{i}"] = Bottleneck(inputs, width, time_kernel, stride)
             inputs = 4 * width
-        stages[name] = nn.Sequential(stage)
-    return _Backbone(inputs, stages)
+        stages[f"s{s + 2}"] = nn.Sequential(stage)
+    return Backbone(inputs, stages)
 
 
-def _tiny():
+def slow_r50():
+    return slow((3, 4, 6, 3))
+
+
+def slow_r101():
+    return slow((3, 4, 23, 3))
+
+
+def tiny():
     """The demo's: five convolutions, 0.2 M parameters; space shrinks faster than time."""
-    stages, inputs = {}, 3
+    stages = {}
+    inputs = 3
     plan = [(16, 5, (1, 2, 2)), (32, 3, (1, 2, 2)), (32, 3, (2, 1, 1)), (64, 3, (1, 2, 2))]
-    for i, (width, k, stride) in enumerate([*plan, (64, 3, (2, 1, 1))]):
-        conv = _conv(inputs, width, (3, k, k), stride)
+    plan += [(64, 3, (2, 1, 1))]
+    for i, (width, kernel, stride) in enumerate(plan):
+        conv = _conv(inputs, width, (3, kernel, kernel), stride)
         stages[f"stage{i}"] = nn.Sequential(conv, nn.BatchNorm3d(width), nn.ReLU(inplace=True))
         inputs = width
-    return _Backbone(inputs, stages)
+    return Backbone(inputs, stages)
 
 
-def _r2plus1d_18():
+def r2plus1d_18():
     """torchvision's R(2+1)D-18, 31.3 M parameters (the study's table says 15.4 M)."""
     stages = dict(torchvision.models.video.r2plus1d_18().named_children())
-    return _Backbone(stages["fc"].in_features, [*stages.items()][:-2])  # less avgpool and fc
+    feature_dim = stages.pop("fc").in_features
+    del stages["avgpool"]
+    return Backbone(feature_dim, stages)
 
 
-def _s3d(gated=False):
-    """torchvision's S3D; gated, S3D-G: each branch's channels times a sigmoid of their averages."""
+def s3d():
+    """torchvision's S3D."""
     network = torchvision.models.video.s3d()
-    for block in network.features if gated else []:
-        for name, branch in [*block.named_children()] if hasattr(block, "branch0") else []:
-            setattr(block, name, nn.Sequential(branch, _Gate(_norms(branch)[-1].num_features)))
-    return _Backbone(network.classifier[1].in_channels, network.features.named_children())
+    return Backbone(network.classifier[1].in_channels, network.features.named_children())
 
 
-class _Gate(nn.Module):
+class Gate(nn.Module):
+    """Channels times a sigmoid of their averages over time and space."""
+
     def __init__(self, width):
         super().__init__()
         self.conv = nn.Conv3d(width, width, 1)
@@ -834,79 +1024,107 @@ class _Gate(nn.Module):
         return x * self.conv(x.mean(dim=(2, 3, 4), keepdim=True)).sigmoid()
 
 
-_BACKBONES = {"slow_r50": _slow_r50, "r2plus1d_18": _r2plus1d_18, "s3d": _s3d}
-_BACKBONES |= {"s3d_g": partial(_s3d, gated=True), "tiny": _tiny}
+def s3d_g():
+    """S3D-G: S3D with a gate on each branch of its inception blocks."""
+    network = s3d()
+    for block in network:
+        for name, branch in list(block.named_children()):
+            if name.startswith("branch"):
+                gate = Gate(_norms(branch)[-1].num_features)
+                setattr(block, name, nn.Sequential(branch, gate))
+    return network
+
+
+# a line more, and every --backbone knows it
+BACKBONES = {
+    "slow_r50": slow_r50,
+    "slow_r101": slow_r101,
+    "r2plus1d_18": r2plus1d_18,
+    "s3d": s3d,
+    "s3d_g": s3d_g,
+    "tiny": tiny,
+}
 
 
 def backbone(name):
-    """A new network with `.feature_dim`, `.features(x)`; (B, 3, T, H, W) -> (B, feature_dim)."""
-    return _BACKBONES[name]()
+    """A new network of BACKBONES: (B, 3, T, H, W) -> (B, .feature_dim); .features(x)."""
+    return BACKBONES[name]()
 
 
 def mlp(widths, bn):
-    """Linear layers, ReLU and (if bn) BN between: (N, widths[0]) -> (N, widths[-1]); HEAD:147."""
+    """Linear layers with ReLU, and BN if asked for, between them: (N, widths[0]) ->
+    (N, widths[-1]) (released head_helper.py, line 147)."""
     layers = []
-    for i, (inputs, outputs) in enumerate(pairwise(widths), start=2):
-        hidden = i < len(widths)
-        linear = nn.Linear(inputs, outputs, bias=not (bn and hidden))  # BN has a bias of its own
+    for i in range(1, len(widths)):
+        hidden = i < len(widths) - 1
+        linear = nn.Linear(widths[i - 1], widths[i], bias=not (bn and hidden))  # BN has its own
         nn.init.kaiming_uniform_(linear.weight, a=1)
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)
-        layers += [linear, *[nn.BatchNorm1d(outputs)] * (bn and hidden)]
-        layers += [nn.ReLU(inplace=True)] * hidden
+        layers.append(linear)
+        if hidden and bn:
+            layers.append(nn.BatchNorm1d(widths[i]))
+        if hidden:
+            layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
 
 
-def per_view(network, clips, low_memory=False):
-    """Run a network on one view after the other, so that BN sees the B clips of one view: (B, V, 3,
-    T, H, W) -> (B, V, ...) float32. With low_memory only the inputs are kept for backward."""
-    run = network
-    if low_memory and torch.is_grad_enabled():
-        again = {"context_fn": lambda: (contextlib.nullcontext(), _uncounted(network))}
-        run = partial(checkpoint, network, use_reentrant=False, **again)
-    views = [view.contiguous(memory_format=torch.channels_last_3d) for view in clips.unbind(1)]
-    return torch.stack([run(view).float() for view in views], dim=1)
+def encode_views(network, clips, low_memory=False):
+    """Run a network on one view after the other, so that BN sees the B clips of one view:
+    (B, V, 3, T, H, W) -> (B, V, ...) float32. low_memory: keep only the inputs for backward."""
+
+    def contexts():  # of the first forward pass, of the second
+        return contextlib.nullcontext(), _frozen_bn(network)
+
+    outputs = []
+    for view in clips.unbind(1):
+        view = view.contiguous(memory_format=torch.channels_last_3d)  # (B, 3, T, H, W)
+        if low_memory and torch.is_grad_enabled():
+            output = checkpoint(network, view, use_reentrant=False, context_fn=contexts)
+        else:
+            output = network(view)
+        outputs.append(output.float())
+    return torch.stack(outputs, dim=1)
 
 
 @contextlib.contextmanager
-def _uncounted(network):
-    """While activations are computed again: BN must not count the same batch twice."""
-    norms = [(m, m.momentum, m.num_batches_tracked.clone()) for m in _norms(network)]
-    for norm, _, _ in norms:
+def _frozen_bn(network):
+    """While activations are recomputed: BN must not count the same batch twice."""
+    norms = _norms(network)
+    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
+    for norm in norms:
         norm.momentum = 0.0
     try:
         yield
     finally:  # torch leaves by an exception when it has what it needs
-        for norm, momentum, count in norms:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
 
 
 def _norms(network):
-    return [m for m in network.modules() if isinstance(m, _BatchNorm)]
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return [module for module in network.modules() if isinstance(module, kinds)]
 
 
-# --- weights
-
-
-def _read(path):
-    """What a file of torch.save holds, on the CPU, without running code; ValueError, one line."""
+def read_file(path):
+    """What torch.save wrote, on the CPU, without running code in it; ValueError if unreadable."""
+    if str(path).endswith(".pkl"):
+        raise ValueError(f"cannot read {path}: a pickle, as in SlowFast's model zoo, may run code")
     try:
-        if str(path).endswith(".pkl"):
-            raise ValueError("a pickle, as in SlowFast's model zoo, which may run code")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no common class for what a damaged file raises
         reason = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise ValueError(f"cannot read {path}: {reason}") from None
 
 
-def write(path, save):
+def write_file(path, save):
     """save(file), on rank 0. Whoever reads, after a kill too, finds the old file or the new one."""
-    temporary = Path(f"{path}.tmp")
     if rank() > 0:
         return
     if os.path.exists(path) and not os.path.isfile(path):
-        fail(f"cannot write {path}: it is there, and no file", code=1)
+        fail(f"cannot write {path}: it exists and is not a regular file", code=1)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
             save(file)
@@ -915,526 +1133,605 @@ def write(path, save):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's writer
         temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {error}; an older one is as it was", code=1)
+        fail(f"cannot write {path}: {error}; the previous file is unchanged", code=1)
 
 
-_PREFIXES = ["", "backbone.", "encoder.backbone.", "features.", "module."]  # of the files we read
-_PYTORCHVIDEO = {  # its names -> the released code's
-    r"^blocks\.0\.conv\.": "s1.pathway0_stem.conv.",
-    r"^blocks\.0\.norm\.": "s1.pathway0_stem.bn.",
-    r"^blocks\.(\d)\.res_blocks\.(\d)\.": lambda m: f"s{int(m[1]) + 1}.pathway0_res{m[2]}.",
-    r"(branch.)_conv\.": r"\1.",
-    r"(branch.)_norm\.": r"\1_bn.",
-    r"conv_([abc])\.": r"\1.",
-    r"norm_([abc])\.": r"\1_bn.",
-}
+def load_backbone(path):
+    """The backbone of a run's folder or backbone.pth, in eval, on the CPU, and its settings:
+    backbone, cfg with cfg.frames, cfg.stride, cfg.size and the rest. ValueError if unreadable."""
+    path = Path(path)
+    if path.is_dir():
+        path = path / "backbone.pth"
+    content = read_file(path)
+    cfg = types.SimpleNamespace(**content["config"])
+    network = backbone(cfg.backbone)
+    network.load_state_dict(content["state_dict"])
+    return network.eval(), cfg
 
 
-def load(network, args):
-    """load_weights from --weights, in words; "random" and "" leave a network as it is."""
-    if not args.weights_hash:
-        return say(f"WARN the backbone starts from random weights (seed {args.seed})")
-    try:
-        count = load_weights(network, args.weights)
-    except ValueError as error:
-        fail(error)
-    say(f"weights: {count} of {count} backbone tensors from {args.weights}")
+def load_clip(path, cfg, start=0.0):
+    """A clip of a video from `start` seconds on, its middle square: (1, 3, T, S, S), normalised,
+    where S is the side at which such a backbone is tested."""
+    side = test_size(cfg.size)
+    frames = read_clips(path, [start], cfg.frames, cfg.stride, side)  # (1, T, H, W, 3)
+    return normalize(cut_squares(torch.from_numpy(frames), side, 1) / 255)
 
 
-def load_weights(network, path):
-    """Load a backbone: from our backbone.pth or last.pth, the released contrastive .pyth (its query
-    network) or classifier, pytorchvideo's slow_r50, torchvision's r2plus1d_18 or s3d. Returns the
-    number of tensors, all of the backbone's, or raises ValueError, one line."""
-    content = _read(path)
-    for key in ("model_state", "state_dict", "model"):
-        content = content[key] if isinstance(content, dict) and key in content else content
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no state dict")
-    content = {k: v for k, v in content.items() if isinstance(k, str) and torch.is_tensor(v)}
-    for pattern, name in _PYTORCHVIDEO.items() if any("res_blocks" in k for k in content) else []:
-        content = {re.sub(pattern, name, key): value for key, value in content.items()}
-    wanted, found = network.state_dict(), {}
-    for prefix in _PREFIXES:
-        here = {k: content[prefix + k] for k in wanted if prefix + k in content}
-        found = max(found, here, key=len)
-    for name, tensor in wanted.items():
-        if name not in found or found[name].shape != tensor.shape:
-            reason = f"of shape {(*found[name].shape,)}" if name in found else "missing"
-            part = f"{len(found)} of the backbone's {len(wanted)} tensors"
-            raise ValueError(f"{path} has {part}; {name} is {reason}")
-        if not torch.isfinite(found[name]).all():
-            raise ValueError(f"{path}: {name} is not finite")
-    network.load_state_dict(found)
-    return len(found)
-
-
-# --- optimizer
+# --- optimizers
 
 
 class LARS(torch.optim.Optimizer):
-    """SGD with Nesterov momentum, each weight's step scaled to the weight's norm (OPT:262).
+    """SGD with Nesterov momentum, each weight's step in proportion to the weight's norm (released
+    optimizer.py, line 262).
 
     A tensor of two or more dimensions: g <- (g + wd w) trust |w| / (|g| + wd |w| + 1e-8), if both
-    norms are not 0. Biases and BN: the plain gradient, no weight decay."""
+    norms are above 0. Biases and BN: the plain gradient, no weight decay."""
 
-    def __init__(self, params, lr, momentum, weight_decay, trust_coefficient=0.001):
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=0.001):
         defaults = dict(lr=lr, momentum=momentum, weight_decay=weight_decay)
         super().__init__(params, dict(**defaults, trust_coefficient=trust_coefficient))
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:  # _foreach_: few launches on a GPU for many tensors
-            weights = [w for w in group["params"] if w.grad is not None]
-            if not weights:  # which _foreach_ refuses
-                continue
-            steps = {w: w.grad for w in weights}
-            if wide := [w for w in weights if w.ndim > 1]:
-                steps |= zip(wide, self.scaled(wide, group), strict=True)
-            for w in weights:
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                g = w.grad
+                if w.ndim > 1:
+                    g = self.scaled(w, g, group["weight_decay"], group["trust_coefficient"])
                 if w not in self.state:
                     self.state[w]["momentum_buffer"] = torch.zeros_like(w)
-            buffers = [self.state[w]["momentum_buffer"] for w in weights]
-            torch._foreach_mul_(buffers, group["momentum"])
-            torch._foreach_add_(buffers, [*steps.values()])
-            ahead = torch._foreach_add([*steps.values()], buffers, alpha=group["momentum"])
-            torch._foreach_add_(weights, ahead, alpha=-group["lr"])
+                v = self.state[w]["momentum_buffer"]
+                v.mul_(group["momentum"]).add_(g)
+                w.add_(g + group["momentum"] * v, alpha=-group["lr"])
 
-    def scaled(self, weights, group):
-        """Their gradients with weight decay, each in proportion to its weight's norm."""
-        grads, decay = [w.grad for w in weights], group["weight_decay"]
-        w_norm, g_norm = (torch.stack(torch._foreach_norm(part)) for part in (weights, grads))
-        scale = group["trust_coefficient"] * w_norm / (g_norm + decay * w_norm + 1e-8)  # (n,)
-        scale = torch.where(w_norm > 0, scale * (g_norm > 0), 1.0)
-        return torch._foreach_mul(torch._foreach_add(grads, weights, alpha=decay), scale.unbind())
+    def scaled(self, w, g, weight_decay, trust_coefficient):
+        w_norm, g_norm = w.norm(), g.norm()
+        scale = trust_coefficient * w_norm / (g_norm + weight_decay * w_norm + 1e-8)
+        both = (w_norm > 0) & (g_norm > 0)  # on the device: an `if` would wait for the GPU
+        return torch.where(both, (g + weight_decay * w) * scale, g)
 
 
-_OPTIMIZERS = {"lars": partial(LARS, momentum=0.9), "adamw": torch.optim.AdamW}
-_OPTIMIZERS["sgd"] = partial(torch.optim.SGD, momentum=0.9, nesterov=True)
+OPTIMIZERS = ("lars", "sgd", "adamw")
 
 
-def make_optimizer(model, args):
-    """The optimizer of args.optimizer, its learning rate 0 until train() sets it before each step;
-    no weight decay for BN (OPT:41)."""
-    plain = {p for norm in _norms(model) for p in norm.parameters()}
+def make_optimizer(model, cfg):
+    """LARS, SGD with Nesterov momentum 0.9, or AdamW of what is trained; no weight decay on BN
+    (released optimizer.py, line 41). The learning rate is 0 until Run sets it before each step."""
+    bn = {p for norm in _norms(model) for p in norm.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p not in plain]}]
-    groups += [{"params": [p for p in trained if p in plain], "weight_decay": 0.0}]
-    return _OPTIMIZERS[args.optimizer](groups, lr=0.0, weight_decay=args.weight_decay)
+    groups = [
+        {"params": [p for p in trained if p not in bn]},
+        {"params": [p for p in trained if p in bn], "weight_decay": 0.0},
+    ]
+    if cfg.optimizer == "lars":
+        return LARS(groups, lr=0.0, weight_decay=cfg.weight_decay)
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=cfg.weight_decay)
+    decay = cfg.weight_decay
+    return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True, weight_decay=decay)
 
 
-def _peak(args):
-    """--lr, which is for 64 videos of 2 views (in an evaluation, of 1), for the views of a step."""
-    return args.lr * args.batch_size / 64 * max(1, args.views / 2)
+def peak_learning_rate(cfg):
+    """--lr is for 64 videos of 2 views (in an evaluation of 1); scaled with the views of a step."""
+    return cfg.lr * cfg.batch_size / 64 * max(1, cfg.num_views / 2)
 
 
-def learning_rate(args, epoch):
-    """At a fractional epoch: half a cosine over the run, or a tenth after each of args.lr_steps if
-    they are not 0; before that a line from 0.001 of what it meets (LRP:9, from 0.001)."""
-    peak, steps = _peak(args), getattr(args, "lr_steps", (0.0,))
-    then = max(epoch, args.warmup_epochs)
-    high = peak * 0.5 * (1 + math.cos(math.pi * then / args.epochs))
-    if any(steps):
-        high = peak * 0.1 ** sum(then >= step for step in steps)
-    warm = 1 if epoch >= args.warmup_epochs else 0.001 + 0.999 * epoch / args.warmup_epochs
-    return high * warm
+def learning_rate(cfg, progress):
+    """Learning rate at a share of the run, 0 to 1: half a cosine, or a tenth after each of
+    cfg.lr_steps (shares of the run), under a linear warm-up from 0.001 of what it leads to
+    (released lr_policy.py, line 9)."""
+    after = max(progress, cfg.warmup)
+    lr = peak_learning_rate(cfg) * 0.5 * (1 + math.cos(math.pi * after))
+    if steps := getattr(cfg, "lr_steps", ()):
+        lr = peak_learning_rate(cfg) * 0.1 ** sum(after >= step for step in steps)
+    if progress < cfg.warmup:
+        lr *= 0.001 + 0.999 * progress / cfg.warmup
+    return lr
 
 
 # --- evaluation
 
 
-def evaluate(args, videos, network, clips, crops=1, which=None):
-    """Call a network, in the mode that it is in, on each video's test views, (clips * crops, 3, T,
-    H, W); it returns one tensor of any shape.
-    Clips start at 0, 1/clips, ... of the last possible start (KIN:217), or where the function
-    clips(duration, span) says; crops lie evenly along the long side; crops = 0: the whole picture,
-    and the network gets its boxes (M, 4) in pixels too. which: numbers of videos, all by default.
-    Each is read once, on one rank. Returns, on every rank, rows (n, ...) float32 on the CPU and why
-    videos could not be read: that ends the run if args.allow_missing is False, else it is NaN."""
-    which = range(len(videos)) if which is None else which
-    views = partial(_test_views, args, videos, clips, crops)
-    rows, problems = {}, []
-    for i, x, problem in _load(args, videos, which[rank() :: world_size()], views):
-        if problem:
-            problems.append(problem)
-            if not getattr(args, "allow_missing", True):
-                fail(f"{problem}; --allow-missing leaves such videos out")
+def test_size(size):
+    """Side of a test crop for a training crop, in pixels: 256 for 224."""
+    return round(size * 256 / 224)
+
+
+def cut_squares(frames, side, crops):
+    """(N, T, H, W, 3) -> (N * crops, 3, T, side, side): squares evenly along the long side, the
+    middle one if it is one."""
+    frames = frames.permute(0, 4, 1, 2, 3)  # (N, 3, T, H, W)
+    long = 3 if frames.shape[3] > frames.shape[4] else 4
+    places = np.linspace(0, 1, crops) if crops > 1 else [0.5]
+    room = frames.shape[long] - side
+    return torch.cat([frames.narrow(long, round(place * room), side) for place in places])
+
+
+class TestClips(Dataset):
+    """The test views of each video of a VideoClips: an item is a dict of clips
+    (clips * crops, 3, T, S, S) uint8, index, and bad (why the video cannot be read, else "").
+
+    clips: how many, at 0, 1/clips, 2/clips, ... of the last possible start (released kinetics.py,
+    line 217), or a function of the duration that gives the starts. crops: squares of a clip."""
+
+    __test__ = False  # this is no test case
+
+    def __init__(self, dataset, clips, crops=1, size=None, indices=None):
+        self.dataset, self.clips, self.crops = dataset, clips, crops
+        self.size = size or dataset.cfg.size
+        self.indices = np.arange(len(dataset)) if indices is None else indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def starts(self, duration):
+        if callable(self.clips):
+            return self.clips(duration)
+        return np.arange(self.clips) / self.clips * max(0, duration - self.dataset.cfg.clip_seconds)
+
+    def __getitem__(self, i):
+        index = int(self.indices[i])
+        try:
+            frames, _ = self.dataset.read(index, self.size, self.starts)
+        except BadVideo as error:
+            return {"index": index, "bad": str(error)}
+        clips = cut_squares(torch.from_numpy(frames), self.size, self.crops)
+        return {"clips": clips, "index": index, "bad": ""}
+
+
+def extract_features(network, test_clips, allow_missing=False):
+    """Run a network, in the mode that it is in, on the test views of each video.
+
+    network: (views, 3, T, S, S) float32 -> a tensor of any one shape. Each video is read once, on
+    one rank. Returns on every rank outputs (n, ...) float32 on the CPU and indices (n,) of the
+    videos that can be read. Another one ends the process, unless allow_missing leaves it out."""
+    mine = range(rank(), len(test_clips), world_size())
+    loader = _loader(test_clips.dataset.cfg, Subset(test_clips, mine), batch_size=None)
+    outputs, problems = {}, []
+    for item in tqdm(loader, "videos", disable=rank() > 0 or None):
+        if item["bad"]:
+            problems.append(item["bad"])
+            if not allow_missing:
+                fail(f"{item['bad']}; --allow-missing leaves such videos out")
             continue
-        x = (x.to(device()) / 255 - _MEAN) / _STD
+        clips = normalize(item["clips"].to(device()) / 255)
+        clips = clips.contiguous(memory_format=torch.channels_last_3d)
         with torch.no_grad(), autocast():
-            more = [] if crops else [_boxes(videos, i, *x.shape[-2:]).to(x)]
-            x = x.contiguous(memory_format=torch.channels_last_3d)
-            rows[i] = network(x, *more).float().cpu()
-    parts = [(rows, problems)] * world_size()
+            outputs[item["index"]] = network(clips).float().cpu()
+    parts = [(outputs, problems)] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(parts, (rows, problems))
-    rows = {i: row for part, _ in parts for i, row in part.items()}
+        dist.all_gather_object(parts, (outputs, problems))
+    outputs = {index: output for part, _ in parts for index, output in part.items()}
     problems = [problem for _, part in parts for problem in part]
-    if not rows:
-        fail(f"none of {len(which)} videos can be read; the first: {problems[0]}")
-    nothing = torch.full_like(next(iter(rows.values())), math.nan)
-    return torch.stack([rows.get(i, nothing) for i in which]), problems
+    for problem in problems:
+        print_main(f"WARN left out: {problem}")
+    if not outputs:
+        fail(f"none of {len(test_clips)} videos can be read; the first: {problems[0]}")
+    indices = [int(index) for index in test_clips.indices if int(index) in outputs]
+    return torch.stack([outputs[index] for index in indices]), torch.tensor(indices)
 
 
-def _test_views(args, videos, clips, crops, i):
-    size, span = getattr(args, "test_size", args.size), args.frames * args.stride / 30
-
-    def choose(duration):
-        if callable(clips):
-            return clips(duration, span, **_moment(videos, i))
-        return np.arange(clips) / clips * max(0, duration - span)
-
-    try:
-        x = read_clips(videos[i], choose, args.frames, args.stride, size)
-    except ValueError as error:
-        return i, None, str(error)
-    x = torch.from_numpy(x.copy()).permute(0, 4, 1, 2, 3)  # (clips, 3, T, H, W)
-    long = 3 if x.shape[3] > x.shape[4] else 4
-    at = np.linspace(0, 1, crops) if crops > 1 else [0.5]
-    cuts = [x.narrow(long, round(share * (x.shape[long] - size)), size) for share in at]
-    return i, torch.cat(cuts) if crops else x, None
-
-
-def knn(bank, bank_labels, queries, labels, k=20, temperature=0.07):
+def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
     """Percent of queries (m, D) whose label wins a vote of the k nearest of a bank (n, D): cosine
     similarity s, weight exp(s / temperature). Labels (n,), (m,) are integers from 0."""
-    bank, right = F.normalize(bank, dim=-1), 0
+    bank = F.normalize(bank, dim=-1)
+    hits = 0
     for part, label in zip(F.normalize(queries, dim=-1).split(256), labels.split(256), strict=True):
         near, index = (part @ bank.T).topk(min(k, len(bank)), dim=-1)  # (256, k)
         votes = torch.zeros(len(part), int(bank_labels.max()) + 1)
         votes.scatter_add_(1, bank_labels[index], (near / temperature).exp())
-        right += (votes.argmax(-1) == label).sum().item()
-    return 100 * right / len(queries)
+        hits += (votes.argmax(-1) == label).sum().item()
+    return 100 * hits / len(queries)
 
 
-def _held_out(videos):
-    """[(videos, numbers)] of a bank and of queries for kNN, at most 4000 and 1000 of them; queries
-    are of the sibling folder `val` of a folder `train`, else every fifth labelled video."""
-    root, labelled = Path(videos.root), np.flatnonzero(videos.labels >= 0)
+def knn_sets(cfg, dataset):
+    """[bank, queries] for kNN while training, at most 4000 and 1000 videos with 2 clips each.
+
+    Queries are the test videos of a known class, else every fifth training video with a label."""
+    _, test = find_data(cfg)
+    labelled = np.flatnonzero(dataset.labels >= 0)
     fifth = np.arange(len(labelled)) % 5 == 0
-    parts = [(videos, labelled[~fifth], 4000), (videos, labelled[fifth], 1000)]
-    if root.name == "train" and (beside := root.with_name("val")).is_dir():
-        known = [(beside / v, label) for v, label in _rows(beside, "") if label in videos.classes]
-        if known:
-            val = Videos(known, videos.classes)
-            parts = [(videos, labelled, 4000), (val, np.arange(len(val)), 1000)]
-    if not all(len(numbers) for _, numbers, _ in parts):
-        say("WARN no labels (class folders, or lines of path<TAB>label): no kNN accuracy")
+    bank, queries, query_set = labelled[~fifth], labelled[fifth], dataset
+    if test:
+        beside = dataset.subset(*list_videos(test, "val"))
+        known = np.flatnonzero(beside.labels >= 0)
+        if len(known):
+            bank, queries, query_set = labelled, known, beside
+    if not len(bank) or not len(queries):
+        print_main("WARN no labels (class folders, or lists with labels): no kNN accuracy")
         return []
-    return [(v, numbers[:: math.ceil(len(numbers) / most)]) for v, numbers, most in parts]
+    bank = bank[:: math.ceil(len(bank) / 4000)]
+    queries = queries[:: math.ceil(len(queries) / 1000)]
+    return [TestClips(dataset, 2, indices=bank), TestClips(query_set, 2, indices=queries)]
 
 
-def autocast():
-    """bfloat16 on CUDA, float32 on a CPU (where bfloat16 is slow)."""
-    return torch.autocast(device().type, torch.bfloat16, enabled=device().type == "cuda")
+# --- the run
+
+FREE = {"out", "max_steps", "log_every", "workers", "low_memory", "compile", "show_views"}
+FREE |= {"knn_every", "allow_missing", "test_clips", "test_crops", "test_size", "neighbours"}
 
 
-def _load(args, videos, numbers, make):
-    """Yield make(number) of each number, made by worker processes; one that dies ends the run."""
-    how = dict(num_workers=args.workers, timeout=600 if args.workers else 0)
-    how |= dict(worker_init_fn=_quiet, pin_memory=device().type == "cuda")
-    batches = iter(DataLoader(numbers, batch_size=None, collate_fn=make, **how))
+class Run:
+    """A training run. A script writes out the step; Run owns what is no algorithm: learning rate,
+    log, checkpoints, resume, stop signals, kNN.
 
-    def end(error):
-        last = ", ".join(videos[i] for i in videos.reading.tolist() if i >= 0)
-        fail(f"{str(error).strip()}; the workers were at {last}", code=1)
+    step: optimizer steps done. epoch: passes over the videos done, fractional. progress: the share
+    of the run that is over after this step, 1 after the last. finished: all steps are done.
+    chance: the loss of features that know nothing."""
 
-    def check(*_):  # in place of torch's handler, which raises wherever this process is
-        try:
-            torch._C._error_if_any_worker_fails()
-        except RuntimeError as error:
-            end(error)
+    def __init__(self, cfg, dataset, model, optimizer, chance):
+        self.cfg, self.dataset, self.chance = cfg, dataset, chance
+        self.model, self.optimizer = model, optimizer
+        self.steps_per_epoch = len(dataset) // cfg.batch_size
+        self.total = cfg.epochs * self.steps_per_epoch
+        self.last = min(self.total, cfg.max_steps or self.total)
+        self.step = 0
+        self.losses = []  # of each step since the last line of the log, averaged over ranks
+        self.new_losses = []  # the same, on the device and of this rank: not looked at yet
+        self.bad_videos = []  # reasons
+        self.stop_asked = self.stopped = False  # by a signal to this rank; agreed by all ranks
+        self.warned, self.history = set(), []
+        self.log_file, self.header_printed = None, False
+        self.knn_sets = []
+        if not cfg.show_views:
+            self.resume()
+            self.announce()
+            if getattr(cfg, "knn_every", 0):
+                self.knn_sets = knn_sets(cfg, dataset)
 
-    if args.workers:
-        signal.signal(signal.SIGCHLD, check)
-    try:
-        yield from batches
-    except (RuntimeError, OSError, EOFError) as error:
-        time.sleep(1 if args.workers else 0)  # if one has died, its signal ends the run now
-        if "DataLoader timed out" in str(error):
-            end(error)
-        raise
+    @property
+    def epoch(self):
+        return self.step / self.steps_per_epoch
 
+    @property
+    def progress(self):
+        return (self.step + 1) / self.total
 
-# --- loop
-
-
-class _Run:
-    """A training run as a script sees it, one step after the other.
-    clips: (B, V, 3, T, H, W) float32; labels: (B,), -1 for none; starts: (B, V) or (B, V, T)
-    seconds; boxes: (B, V, M, 4); epoch: fractional, before the step; ends_epoch: the step does;
-    progress: the share of the run that is over after it, 1 at the last."""
-
-    autocast = staticmethod(autocast)
-
-    def __init__(self, args, videos, model, optimizer, chance):
-        self.args, self.videos, self.chance = args, videos, chance
-        self.model, self.optimizer, self.rest = model, optimizer, _operators(args)[1]
-        self.held_out = _held_out(videos) if getattr(args, "knn_every", 0) else []
-        self.steps_per_epoch = len(videos) // args.batch_size
-        self.total = args.epochs * self.steps_per_epoch
-        self.last = min(self.total, args.max_steps or self.total)
-        self.number, self.logged, self.file = 0, 0, None  # of steps, also when last logged; the log
-        self.skipped = self.in_a_row = 0  # steps that were not finite
-        self.bad, self.losses = [], []  # reasons of bad videos; since the last line of the log
-        self.lines, self.warned = [], set()  # (loss / chance, std, wait) of each; warnings said
-        self.waited, self.since, self.saved = 0.0, time.monotonic(), time.monotonic()
-        self.asked = self.stop = False  # by a signal to this rank; agreed by all
-        self.statistics = [b for norm in _norms(model) for b in norm.buffers()]
-        self.before = [b.clone() for b in self.statistics]
+    @property
+    def finished(self):
+        return self.step == self.total
 
     def announce(self):
-        args, ranks = self.args, world_size()
-        n, views, reached = args.batch_size, args.views, learning_rate(args, args.warmup_epochs)
-        say(f"batch: {n} videos = {ranks} x {n // ranks}, {views} views each")
-        words = f"{args.lr:g} x {n} videos x {views} views / {64 * min(2, views)}"
-        say(f"lr: {words} = {_peak(args):g}; {reached:g} when warm-up ends")
-        say(f"chance level of the loss: {self.chance:.4f}")
+        cfg, n, views = self.cfg, len(self.dataset), self.cfg.num_views
+        batch, peak = cfg.batch_size, peak_learning_rate(self.cfg)
+        per_rank = batch // world_size()
+        print_main(f"batch: {batch} videos = {world_size()} x {per_rank}, {views} views each")
+        arithmetic = f"{cfg.lr:g} x {batch} videos x {views} views / {64 * min(2, views)}"
+        warm = learning_rate(cfg, cfg.warmup)
+        print_main(f"lr: {arithmetic} = {peak:g} at its peak; {warm:g} when warm-up ends")
+        if self.total < 200:
+            print_main(f"WARN only {self.total} steps: a network learns little; more --epochs help")
+        if left := n - self.steps_per_epoch * batch:
+            print_main(f"WARN each epoch leaves out {left} of {n} videos: no whole batch is left")
 
-    def begin(self, batches):
-        """Take the next batch; the time until it is there counts as waiting for data."""
+    # the loop
+
+    def batches(self):
+        """Yield the batches of the run, dicts of tensors on the device: clips (B, V, 3, T, H, W),
+        label (B,), index (B,), starts (B, V) or (B, V, T). The script takes the optimizer's step
+        and calls record() before it asks for the next one."""
+        if self.cfg.show_views:
+            batch = self.next_batch(iter(self.loader(last=1)))
+            save_views(self.cfg.show_views, batch["clips"], batch["starts"].cpu(), self.cfg)
+            return
+        if self.step >= self.last:
+            self.say_finished()
+            return
+        before = {s: signal.signal(s, self.ask_stop) for s in (signal.SIGTERM, signal.SIGINT)}
+        silent = rank() > 0 or None  # None: silent unless it is a terminal
+        bar = tqdm(total=self.last, initial=self.step, desc=self.cfg.script, disable=silent)
+        self.logged, self.waited = self.step, 0.0
+        self.since = self.saved = time.monotonic()
+        batches = iter(self.loader(last=self.last))
+        try:
+            while self.step < self.last and not self.stopped:
+                batch = self.next_batch(batches)
+                self.before_step()
+                yield batch
+                self.after_step(bar)
+        finally:
+            bar.close()
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        self.say_end()
+
+    def loader(self, last):
+        sampler = TrainSampler(self.cfg, len(self.dataset), self.step, last)
+        timeout = 600 if self.cfg.workers else 0  # seconds; a file system that hangs is an error
+        how = dict(batch_sampler=sampler, collate_fn=collate, timeout=timeout)
+        return _loader(self.cfg, self.dataset, **how)
+
+    def next_batch(self, batches):
         begun = time.monotonic()
-        views, seeds, starts, boxes, numbers, bad = next(batches)
-        self.waited += time.monotonic() - begun
-        self.note(bad)
-        if views is None or len(bad) > max(10, len(views)):
-            fail(f"most videos cannot be read; the first: {self.bad[0]}")
-        self.numbers, self.starts, self.boxes = numbers, starts, boxes
-        views = views.to(device(), non_blocking=True)
-        self.clips = views if views.is_floating_point() else _augment(views, seeds, self.rest)
-        self.labels = torch.from_numpy(self.videos.labels)[numbers].to(device())
-        self.epoch = self.number / self.steps_per_epoch
-        self.progress = (self.number + 1) / self.total
-        self.ends_epoch = (self.number + 1) % self.steps_per_epoch == 0
-        self.lr = learning_rate(self.args, self.epoch)
+        batch = next(batches)
+        self.waited = getattr(self, "waited", 0.0) + time.monotonic() - begun
+        for reason in itertools.chain(*(reasons.split("\n") for reasons in batch.pop("bad"))):
+            if reason and reason not in self.bad_videos:
+                self.bad_videos.append(reason)
+                words = f"WARN bad video, another takes its place: {reason}"
+                print(words, file=sys.stderr, flush=True)
+        if "clips" not in batch:
+            fail(f"ten videos in a row cannot be read; the first: {self.bad_videos[0]}")
+        batch = {name: value.to(device(), non_blocking=True) for name, value in batch.items()}
+        if "seeds" in batch:
+            seeds = batch.pop("seeds").cpu()
+            batch["clips"] = augment(batch["clips"], seeds, self.dataset.color)
+        self.starts = batch["starts"]
+        return batch
+
+    def before_step(self):
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
-        _copy(self.before, self.statistics)
-        rng = np.random.default_rng((self.args.seed, self.number, rank()))
+            group["lr"] = learning_rate(self.cfg, self.step / self.total)
+        self.recorded = False
+        rng = np.random.default_rng((self.cfg.seed, self.step, rank()))
         torch.manual_seed(int(rng.integers(2**62)))  # of dropout
 
-    def note(self, bad, what="another takes its place"):
-        """Name each bad video once."""
-        for reason in dict.fromkeys(bad):
-            if reason not in self.bad:
-                print(f"WARN bad video, {what}: {reason}", file=sys.stderr, flush=True)
-                self.bad.append(reason)
+    def record(self, loss, features, **numbers):
+        """Note the step's loss, features (B, V, D) and any numbers for the log; nothing else."""
+        self.new_losses.append(loss.detach())
+        self.features, self.numbers = features.detach(), numbers
+        self.recorded = True
 
-    def update(self, loss, features, **more):
-        """The optimizer's step, if loss and gradients are finite on all ranks; else gradients and
-        BN statistics are put back. features: (B, V, D) and more (numbers) are for the log. Returns
-        whether the step was taken."""
-        weights = [w for group in self.optimizer.param_groups for w in group["params"]]
-        norm = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
-        loss = loss.detach()
-        unfit = (~torch.isfinite(norm + loss)).float()
-        report = torch.stack([unfit, torch.full_like(loss, self.asked), loss / world_size()])
-        if world_size() > 1:
-            dist.all_reduce(report)
-        unfit, stop, loss = report.tolist()  # the one time that a step waits for the GPU
-        self.stop = stop > 0  # on all ranks after the same step
-        self.features, self.more = features.detach(), more
-        if unfit:
-            _copy(self.statistics, self.before)
-            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-            names = ", ".join(self.videos[int(i)] for i in self.numbers[:3])
-            say(f"WARN step {self.number + 1} is not finite, all is put back; it had {names} ...")
-            if self.in_a_row == 10:
-                fail("10 such steps in a row; a smaller --lr may help", code=1)
-        else:
-            self.losses, self.in_a_row = [*self.losses, loss], 0
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return not unfit
-
-    def end(self):
-        self.number += 1
-        epochs, part = divmod(self.number, self.steps_per_epoch)
-        if world_size() > 1 and not part:  # what is saved and evaluated is rank 0's
-            for buffer in self.statistics:
-                dist.broadcast(buffer, 0)
-            each = [None] * world_size()
-            dist.all_gather_object(each, self.bad)
-            self.bad = list(dict.fromkeys(sum(each, [])))
-        over = not part or self.stop or self.number == self.last
-        over |= time.monotonic() - self.saved > 600
-        if over and not _finite(self.model.state_dict(), self.optimizer.state_dict()):
-            fail(f"step {self.number}: weights are not finite; a smaller --lr may help", code=1)
-        every = self.args.knn_every if self.held_out else 0
-        if every and not part and (epochs % every == 0 or self.number == self.total):
-            self.log(knn_top1=self.monitor())
-        elif self.number % self.args.log_every == 0 or self.number == self.total:
-            self.log()
-        if over:
+    def after_step(self, bar):
+        if not self.recorded:
+            raise RuntimeError("call run.record(loss, features=...) once in each step")
+        self.step += 1
+        epochs, part = divmod(self.step, self.steps_per_epoch)
+        if part == 0:
+            self.share_bn()
+        self.stopped, save = self.agree()
+        save = save or self.stopped or part == 0 or self.step == self.last
+        every = getattr(self.cfg, "knn_every", 0)
+        measure = self.knn_sets and part == 0 and (epochs % every == 0 or self.finished)
+        if measure or self.finished or self.step % self.cfg.log_every == 0:
+            self.log(knn_top1=self.measure_knn() if measure else None)
+            bar.set_postfix(loss=f"{self.history[-1]['loss']:.3f}", refresh=False)
+        if save:
             self.save()
-        if self.number == self.last and self.losses:
-            self.log()  # part of an interval; a resume cuts it off, and writes the whole one
+        if self.step == self.last and self.losses:
+            self.log()  # part of an interval; a resume cuts it off and writes the whole one
+        bar.update()
+
+    def agree(self):
+        """(stop, save): whether any rank was told to stop or has not saved for ten minutes."""
+        flags = torch.tensor([self.stop_asked, time.monotonic() - self.saved > 600]).int()
+        if world_size() > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)  # on the CPU, not a wait for the GPU
+        return [bool(flag) for flag in flags.tolist()]
+
+    def ask_stop(self, *_):
+        self.stop_asked = True
+
+    def share_bn(self):
+        """Give all ranks the BN statistics of rank 0, which are saved and evaluated."""
+        for norm in _norms(self.model) if world_size() > 1 else ():
+            for buffer in norm.buffers():
+                dist.broadcast(buffer, 0)
+
+    def say_finished(self):
+        print_main(f"{self.cfg.out}: all {self.step} steps were done before; nothing was trained")
+        print_main("to train anew, delete that folder or give another --out")
+
+    def say_end(self):
+        cfg = self.cfg
+        if self.stopped and self.step < self.last:
+            print_main(f"stopped after step {self.step}; the same command goes on from there")
+            return
+        print_main(f"done, {self.step} of {self.total} steps: {cfg.out}/backbone.pth")
+        if "rho" in cfg.__dataclass_fields__:
+            command = f"python eval_linear.py --weights {shlex.quote(cfg.out)}"
+            if cfg.data:
+                command += f" --data {shlex.quote(cfg.data)}" + " --small" * cfg.small
+                _, test = find_data(cfg)
+                command += "" if test else " --val TEST_VIDEOS"
+            print_main(f"evaluate: {command}")
+
+    # the log
+
+    def look(self):
+        """Read the losses since the last look; end the run if one is not finite. This waits for the
+        device, so it happens at log lines and saves only."""
+        if self.new_losses:
+            losses = torch.stack(self.new_losses)
+            if world_size() > 1:
+                dist.all_reduce(losses)
+            self.losses += (losses / world_size()).tolist()
+            self.new_losses = []
+        for i, loss in enumerate(self.losses):
+            if not math.isfinite(loss):
+                self.diverge(f"non-finite loss at step {self.step - len(self.losses) + i + 1}")
+
+    def diverge(self, what):
+        write_file(f"{self.cfg.out}/diverged", lambda file: file.write(what.encode()))
+        hint = f"the last checkpoint is good, and takes a --lr below {self.cfg.lr:g}"
+        fail(f"{what}; {hint}", code=1)
 
     def log(self, **more):
-        """A line of JSON, the same on the screen, and a warning if a number looks wrong."""
+        """A line of JSON in log.jsonl, a row on the terminal, a warning if a number looks wrong."""
+        self.look()
         unit = F.normalize(self.features.float(), dim=-1).flatten(0, 1)  # (B * V, D)
-        spread = unit.std(dim=0).mean().item() * unit.shape[1] ** 0.5
-        seconds, steps = time.monotonic() - self.since, self.number - self.logged
-        loss = sum(self.losses) / len(self.losses) if self.losses else math.nan
-        wait = min(1.0, self.waited / seconds)
-        entry = {"step": self.number, "epoch": self.number / self.steps_per_epoch, "loss": loss}
-        entry |= {"chance": self.chance, "lr": self.lr, "feature_std": spread, **self.more, **more}
-        entry |= {"bad_videos": len(self.bad), "skipped_steps": self.skipped, "data_wait": wait}
-        entry |= {"videos_per_second": steps * self.args.batch_size / seconds}
-        rounded = {k: float(f"{v:.5g}") for k, v in entry.items() if isinstance(v, float)}
-        entry |= {k: v if math.isfinite(v) else None for k, v in rounded.items()}  # JSON has no NaN
-        line = json.dumps(entry).encode() + b"\n"
-        if self.file and self.file.write(line) < len(line):
-            raise OSError(28, "No space left on device", "log.jsonl")
-        say(json.dumps(entry))
-        self.lines.append((loss / max(self.chance, 1e-9), spread, wait))
-        self.losses, self.waited, self.since = [], 0.0, time.monotonic()
-        self.logged = self.number
-        self.warn(*zip(*self.lines[-15:], strict=True))
+        seconds, steps = time.monotonic() - self.since, self.step - self.logged
+        entry = {
+            "step": self.step,
+            "epoch": self.epoch,
+            "loss": sum(self.losses) / len(self.losses),
+            "chance": self.chance,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "feature_std": unit.std(dim=0).mean().item() * unit.shape[1] ** 0.5,
+            "videos_per_second": steps * self.cfg.batch_size / seconds,
+            "data_wait": min(1.0, self.waited / seconds),
+            "clip_distance": clip_distance(self.starts),
+            "bad_videos": self.count_bad_videos(),
+        }
+        entry |= {name: float(value) for name, value in self.numbers.items()}
+        entry |= {name: value for name, value in more.items() if value is not None}
+        entry = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in entry.items()}
+        if self.log_file:
+            self.write_line(json.dumps(entry).encode() + b"\n")
+        self.print_row(entry)
+        self.history.append(entry)
+        self.losses, self.waited, self.since, self.logged = [], 0.0, time.monotonic(), self.step
+        self.warn(self.history[-15:])
 
-    def warn(self, ratios, spreads, waits):
-        trained = "rho" in self.args and self.epoch > self.args.warmup_epochs  # alike when young
-        for true, words in [
-            (trained and max(spreads[-3:]) < 0.2, "collapsed: all videos get the same features"),
-            (trained and len(ratios) == 15 and min(ratios) > 0.98, "the loss stays at chance"),
-            (min(waits[-3:]) > 0.3, "waiting for data: more --workers or smaller videos help"),
-        ]:
-            if true and len(self.lines) > 2 and words not in self.warned:
-                self.warned.add(words)
-                say(f"WARN {words} (see the README)")
+    def write_line(self, line):
+        try:
+            written = self.log_file.write(line)
+        except OSError as error:
+            fail(f"cannot write {self.cfg.out}/log.jsonl: {error.strerror}", code=1)
+        if written < len(line):
+            fail(f"cannot write {self.cfg.out}/log.jsonl: no space left", code=1)
 
-    def monitor(self):
-        """kNN accuracy of the backbone, in percent; see _held_out."""
-        network = self.model.encoder.backbone.eval()
-        begun, sides = time.monotonic(), []
-        for videos, which in self.held_out:
-            rows, bad = evaluate(self.args, videos, network, clips=2, which=which)
-            self.note(bad if rank() == 0 else [], "left out")
-            rows = rows.mean(1)  # (n, D): the views are averaged
-            read = rows.isfinite().all(-1)
-            sides += [rows[read], torch.from_numpy(videos.labels)[which][read]]
+    def count_bad_videos(self):
+        if world_size() == 1:
+            return len(self.bad_videos)
+        each = [None] * world_size()
+        dist.all_gather_object(each, self.bad_videos)
+        return len(set(itertools.chain(*each)))
+
+    def print_row(self, entry):
+        if not self.header_printed:
+            print_main(f"chance level of the loss: {self.chance:.4f}")
+            print_main("    step   epoch       loss  feature std    kNN  videos/s")
+            self.header_printed = True
+        row = "{step:8d} {epoch:7.1f} {loss:10.4f} {feature_std:12.3f}".format(**entry)
+        row += f"{entry['knn_top1']:7.1f}" if "knn_top1" in entry else "      -"
+        print_main(row + f"{entry['videos_per_second']:10.1f}")
+
+    def warn(self, lines):
+        """Say once, in words, what looks wrong in the last lines of the log."""
+        if len(self.history) < 3:
+            return
+        views = self.cfg.num_views
+        trained = views > 1 and self.step / self.total > self.cfg.warmup  # alike when young
+        std, wait, distance = (
+            [line[name] for line in lines[-3:]]
+            for name in ("feature_std", "data_wait", "clip_distance")
+        )
+        ratios = [line["loss"] / max(self.chance, 1e-9) for line in lines]
+        self.warn_if(trained and max(std) < 0.2, "collapsed: all videos get the same features")
+        at_chance = trained and len(ratios) == 15 and min(ratios) > 0.98
+        self.warn_if(at_chance, "the loss stays at chance")
+        self.warn_if(min(wait) > 0.3, "waiting for data: more --workers or smaller videos help")
+        same = views > 1 and self.cfg.rho > 1 and max(distance) == 0
+        self.warn_if(same, "the clips of a video start at the same time: a smaller --stride helps")
+
+    def warn_if(self, wrong, words):
+        if wrong and words not in self.warned:
+            self.warned.add(words)
+            print_main(f"WARN {words} (README: is my loss normal?)")
+
+    def measure_knn(self):
+        """kNN accuracy of the backbone, in percent."""
+        begun, network = time.monotonic(), self.model.encoder.backbone.eval()
+        sides = []
+        for test_clips in self.knn_sets:
+            features, indices = extract_features(network, test_clips, allow_missing=True)
+            labels = torch.from_numpy(test_clips.dataset.labels)[indices]
+            sides += [features.mean(1), labels]  # (n, D): the mean over views
         network.train(self.model.training)
-        self.since += time.monotonic() - begun  # which is not the speed of training
-        return knn(*sides)
+        self.since += time.monotonic() - begun  # this is not the speed of training
+        return knn_accuracy(*sides)
+
+    # checkpoints
 
     def save(self):
-        """last.pth, all that a resume needs, and backbone.pth, what others load. Rank 0 writes."""
+        """last.pth, all that a resume needs, and backbone.pth, what others load."""
+        self.look()
         self.saved = time.monotonic()
         if rank() > 0:
             return
-        net, path = self.model.encoder.backbone, f"{self.args.out}/"
-        state = {name: tensor.cpu() for name, tensor in net.state_dict().items()}
-        config = {**vars(self.args), "step": self.number, "feature_dim": net.feature_dim}
-        config["finished"] = self.number == self.total
-        backbone = {"state_dict": state, "config": config}
-        write(path + "backbone.pth", partial(torch.save, backbone))
+        network, out = self.model.encoder.backbone, self.cfg.out
         content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        content |= {name: getattr(self, name) for name in ("number", "losses", "skipped", "bad")}
-        content |= {"args": vars(self.args), "log_bytes": self.file.tell()}
-        write(path + "last.pth", partial(torch.save, content))
+        if not all_finite(content):
+            self.diverge(f"weights are not finite after step {self.step}")
+        settings = dataclasses.asdict(self.cfg) | {"script": self.cfg.script}
+        content |= {"step": self.step, "losses": self.losses, "bad_videos": self.bad_videos}
+        content |= {"cfg": settings, "code": code_hashes(self.cfg), "videos": len(self.dataset)}
+        content |= {"log_bytes": self.log_file.tell(), "finished": self.finished}
+        config = settings | {"step": self.step, "feature_dim": network.feature_dim}
+        state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
+        backbone = {"state_dict": state, "config": config | {"finished": self.finished}}
+        write_file(f"{out}/backbone.pth", lambda file: torch.save(backbone, file))
+        write_file(f"{out}/last.pth", lambda file: torch.save(content, file))
+        Path(out, "diverged").unlink(missing_ok=True)
 
     def resume(self):
-        """Take the output folder for this run; go on from its last.pth if there is one."""
-        path, content = Path(self.args.out, "last.pth"), None
-        if rank() == 0:
+        """Go on from last.pth if there is one, on all ranks from the same step."""
+        out = Path(self.cfg.out)
+        path, end = out / "last.pth", 0
+        if path.exists():
             try:
-                self.file = open(path.with_name("log.jsonl"), "ab", buffering=0)
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                content = _read(path) if path.exists() else None
-            except BlockingIOError:
-                fail(f"{path.parent}: another run writes here")
-            except (OSError, ValueError) as error:
-                fail(f"{error}; move it away, or choose another --out")
-        if world_size() > 1:  # from rank 0: another machine may not see its disk
-            box = [content]
-            dist.broadcast_object_list(box)
-            content = box[0]
-        if content is not None:
-            try:
+                content = read_file(path)
                 self.restore(path, content)
+                end = content["log_bytes"]
             except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
                 reason = str(error).split("\n")[-1].strip() or error
                 fail(f"{path} cannot go on in this run ({reason}); choose another --out")
+        if world_size() > 1:
+            steps = [None] * world_size()
+            dist.all_gather_object(steps, self.step)
+            if len(set(steps)) > 1:
+                fail(f"the ranks found other steps in {path}, {steps}: a disk that is not shared?")
         if rank() == 0:
-            end = content["log_bytes"] if content else 0  # what came after is logged again
-            self.file.truncate(self.file.seek(min(end, self.file.tell())))
+            for orphan in out.glob("*.pth.*.tmp"):  # of a killed save
+                orphan.unlink(missing_ok=True)
+            try:
+                self.log_file = open(out / "log.jsonl", "ab", buffering=0)
+            except OSError as error:
+                fail(f"cannot write {out}/log.jsonl: {error.strerror}")
+            size = self.log_file.seek(0, os.SEEK_END)
+            self.log_file.truncate(min(end, size))  # what came later is logged again
+            self.log_file.seek(0, os.SEEK_END)
 
     def restore(self, path, content):
-        free = {*vars(_Flags), "knn_every", "allow_missing", "finished", "code"} - {"seed", "data"}
-        for name in sorted(vars(self.args), key=lambda name: name != "method"):
-            flag = name.removesuffix("_hash")  # a hash stands for what it is of
-            if content["args"].get(name) != vars(self.args)[name] and name not in free:
-                both = (values.get(flag) for values in (content["args"], vars(self.args)))
-                was, now = ("none" if value in ("", None) else value for value in both)
-                words = "which is not what it was" if was == now else f"not {now}"
-                flag = flag.replace("_", "-")
-                fail(f"{path} was made with --{flag} {was}, {words}; choose another --out")
-        if not _finite(content["model"], content["optimizer"]):
+        settings = dataclasses.asdict(self.cfg) | {"script": self.cfg.script}
+        lower_lr = (path.parent / "diverged").exists() and self.cfg.lr < content["cfg"]["lr"]
+        for name in sorted(settings, key=lambda name: name != "script"):
+            was, now = content["cfg"].get(name), settings[name]
+            if was == now or name in FREE or (name == "lr" and lower_lr):
+                continue
+            flag = name.replace("_", "-")
+            fail(f"{path} was made with --{flag} {was!r}, not {now!r}; choose another --out")
+        if content["videos"] != len(self.dataset):
+            both = f"{content['videos']} videos, not {len(self.dataset)}"
+            fail(f"{path} was made with --data of {both}; choose another --out")
+        code = code_hashes(self.cfg)
+        changed = [name for name in code if content["code"].get(name) != code[name]]
+        if changed and content["finished"]:
+            fail(f"{path} is of a finished run, and {changed[0]} has changed: choose another --out")
+        if not all_finite({"model": content["model"], "optimizer": content["optimizer"]}):
             raise ValueError("some of its weights are not finite")
-        if not 0 <= content["number"] <= self.total or content["log_bytes"] < 0:
-            raise ValueError(f"step {content['number']}, log of {content['log_bytes']} bytes")
+        if not 0 <= content["step"] <= self.total or content["log_bytes"] < 0:
+            raise ValueError(f"step {content['step']}, log of {content['log_bytes']} bytes")
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
-        for name in ("number", "losses", "skipped", "bad"):
-            setattr(self, name, content[name])
-        self.logged = self.number
-        say(f"{path}: going on after step {self.number}")
-        if content["args"]["code"] != self.args.code:
-            say(f"WARN {self.args.method}.py is not what it was when that run began")
+        self.step, self.losses = content["step"], content["losses"]
+        self.bad_videos = content["bad_videos"]
+        print_main(f"{path}: going on after step {self.step}")
+        for name in changed:
+            print_main(f"WARN {name} has changed since that run began")
 
 
-def _copy(tensors, sources):
-    if tensors:  # a network may have no BN
-        torch._foreach_copy_(tensors, sources)
+def clip_distance(starts):
+    """Mean seconds between the starts of two clips of a video; starts (B, V) or (B, V, T)."""
+    first = starts.flatten(2)[:, :, 0] if starts.ndim == 3 else starts  # (B, V)
+    views = first.shape[1]
+    if views == 1:
+        return 0.0
+    distances = (first[:, :, None] - first[:, None, :]).abs()  # (B, V, V)
+    return distances.sum().item() / (len(first) * views * (views - 1))
 
 
-def _finite(model, optimizer):
-    """Whether all tensors of two state dicts are."""
-    states = [model, *optimizer["state"].values()]
-    return all(torch.as_tensor(t).isfinite().all() for state in states for t in state.values())
+def all_finite(content):
+    """Whether all tensors of the state dicts of a model and an optimizer are."""
+    states = [content["model"], *content["optimizer"]["state"].values()]
+    values = [torch.as_tensor(value) for state in states for value in state.values()]
+    return all(torch.stack([value.isfinite().all().cpu() for value in values]).tolist())
 
 
-def train(args, videos, model, optimizer, sample_clips, chance):
-    """Yield a run step by step (see _Run): `clips`, `labels`, `epoch`, `progress`, autocast(),
-    update(). Owns the rest: order and decoding of the videos, augmentation, learning rate, log,
-    checkpoints, resume, signals. chance: the loss of uninformative features."""
-    args.finished, run = False, _Run(args, videos, model, optimizer, chance)
-    if args.show_views:
-        run.begin(_loader(run, sample_clips))
-        return _show_views(args, run.clips, run.starts)
-
-    def request_stop(*_):
-        run.asked = True
-
-    before = {s: signal.signal(s, request_stop) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        run.resume()
-        run.announce()
-        batches, silent = _loader(run, sample_clips), rank() > 0 or not sys.stderr.isatty()
-        for _ in tqdm(range(run.number, run.last), args.method, disable=silent):
-            run.begin(batches)
-            yield run
-            run.end()
-            if run.stop:
-                say(f"stopped after step {run.number}; the same command goes on from there")
-                return
-    except OSError as error:  # a full disk, say
-        fail(f"{error}; {args.out} is as it was last saved", code=1)
-    finally:
-        if run.file:
-            run.file.close()  # another run may have the folder
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    args.finished = run.number == run.total
-    say(f"done, {run.number} of {run.total} steps: {args.out}/last.pth")
-    if "rho" in args:
-        data = f" --data {shlex.quote(args.data)}{' --small' * args.small}" if args.data else ""
-        beside = Path(videos.root).absolute().with_name("val")
-        if args.data and not (os.path.isdir(args.data) and beside.is_dir()):
-            data += " --val TEST_VIDEOS"
-        say(f"evaluate: python eval_linear.py --weights {shlex.quote(args.out)}/backbone.pth{data}")
-
-
-def _loader(run, sample_clips):
-    """The batches from step run.number on."""
-    batch = partial(_batch, run.args, run.videos, sample_clips, device().type == "cpu")
-    return _load(run.args, run.videos, range(run.number, run.last), batch)
+def code_hashes(cfg):
+    """{file name: digest} of the script and of this file."""
+    files = [sys.modules[type(cfg).__module__].__file__, __file__]
+    return {Path(f).name: hashlib.sha256(Path(f).read_bytes()).hexdigest()[:16] for f in files}

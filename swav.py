@@ -3,108 +3,136 @@
 Paper    Caron et al., 2020 (arXiv 2006.09882); rho clips: Feichtenhofer et al., 2021 (arXiv
          2104.14558), sections 3 and 4; released code: SlowFast, commit 287ec00.
 Idea     Assign each clip to prototypes and predict its assignment, the code, from another clip of
-         the same video. Codes use all prototypes equally over the batch, by the Sinkhorn algorithm,
-         which keeps all clips from being assigned to one.
-Loss     - sum over prototypes of code_i log softmax(scores_j / temperature), mean over videos and
-         ordered pairs of views i != j.
-rho      Clips decoded and encoded; rho (rho - 1) pairs; rho assignment problems, each over view i
-         of the videos of all ranks. rho = 1: one clip, augmented twice.
-Differs  From the paper: no crops of other sizes, no queue. From the released code: crop before
-         colour; frames 8 apart, not 9; bfloat16 on GPUs; codes of all views, not of the first two;
-         Sinkhorn over all ranks also on one machine, in the log domain; SyncBN over all ranks. The
-         demo, to learn in 400 steps: AdamW, no colour jitter and blur.
+         the same video. Sinkhorn balances the codes over the batch so that all prototypes are used,
+         which rules out the trivial solution.
+Loss     - sum over prototypes of code_i log softmax(scores_j / temperature), the mean over videos
+         and ordered pairs of views i != j.
+rho      rho clips of a video are decoded and encoded; rho (rho - 1) ordered pairs; rho assignment
+         problems, each over view i of the videos of all ranks. rho = 1: one clip is augmented twice.
 Recipe   torchrun --nproc_per_node=8 swav.py --data kinetics/train
-         Kinetics-400 linear: the released model 62.6 at rho 2; not run here.
+         The released configuration. K400 linear, released model: 62.6 at rho 2; paper: 61.6 at
+         rho 2, 62.7 at rho 3.
 """
 
 import math
 from collections import OrderedDict
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import common
+from common import arg
 
-# --- recipe
+# --- config
 
 
-class Recipe:  # name = paper, demo  # meaning, which is the text of --help
-    rho = 2, 2  # clips per video, from different times
-    timespan = None, None  # seconds in which all rho clips start; None = the whole video
-    backbone = "slow_r50", "tiny"  # slow_r50, r2plus1d_18, s3d, s3d_g or tiny
-    frames = 8, 8  # frames of a clip
-    stride = 8, 4  # from one frame to the next, in 1/30 s
-    short_side = (224, 224), (64, 64)  # least and largest of a decoded video, in pixels
-    size = 224, 32  # height and width of a clip, cut out of that, in pixels
-    augment = "crop,flip,jitter,gray,blur", "crop,flip,gray"  # also rotate,cutout,noise,sobel,none
-    crop_area = (0.2, 0.766), (0.4, 1.0)  # least and largest share of the picture in a crop
-    epochs = 200, 40  # passes over the videos
-    batch_size = 64, 40  # videos of a step, over all processes
-    optimizer = "lars", "adamw"  # lars, sgd or adamw
-    lr = 0.6, 4.8e-3  # per 128 views; a step's is lr x videos x views / 128
-    warmup_epochs = 35.0, 3.0  # of linear warm-up, 0 = none; in proportion to the epochs
-    weight_decay = 1e-6, 1e-4  # on all weights but those of BN, 0 = none
-    knn_every = 0, 10  # epochs from one kNN accuracy on the labels to the next, 0 = never
-    batch_norm = "sync", "sync"  # sync: over all GPUs; plain: over each GPU's share
-    projector = (2048, 2048, 128), (256, 64)  # widths of its layers
-    projector_bn = True, True  # BN after its hidden layers
-    prototypes = 1000, 300  # to which clips are assigned
-    freeze_prototypes = 1.0, 1.0  # epochs in which the prototypes do not learn, 0 = none
-    epsilon = 0.05, 0.05  # of Sinkhorn: smaller is nearer to one prototype a clip
-    sinkhorn_iterations = 3, 3  # 0 = codes are not balanced
-    temperature = 0.1, 0.1  # of the softmax over prototypes that predicts a code
+@dataclass
+class Config(common.Config):
+    rho: int = arg(2, "clips per video, sampled at different times")
+    timespan: float = arg(
+        None, "all clips of a video start within this many seconds (else anywhere)"
+    )
+    backbone: str = arg("slow_r50", "the network", choices=common.BACKBONES)
+    frames: int = arg(8, "frames per clip")
+    stride: int = arg(8, "temporal stride, in frames at 30 fps")
+    short_side: tuple[int, int] = arg((224, 224), "range of the resized short side, in pixels")
+    size: int = arg(224, "crop size in pixels")
+    augment: str = arg("crop,flip,jitter,gray,blur", "also rotate,cutout,noise,sobel or none")
+    crop_area: tuple[float, float] = arg(
+        (0.2, 0.766), "min and max crop area, fraction of the frame"
+    )
+    color_strength: float = arg(0.75, "strength of the color jitter")
+    epochs: int = arg(200, "passes over the videos")
+    batch_size: int = arg(64, "global batch size, in videos")
+    optimizer: str = arg("lars", "the optimizer", choices=common.OPTIMIZERS)
+    lr: float = arg(0.6, "peak learning rate per 128 views, scaled with the views of a step")
+    warmup: float = arg(0.175, "linear warm-up, as a share of the run")
+    weight_decay: float = arg(1e-6, "weight decay, on all weights but BN's")
+    knn_every: int = arg(0, "run the kNN evaluation every N epochs (0: never)")
+    sync_bn: bool = arg(True, "on GPUs: BN over all ranks")
+    projector: tuple[int, ...] = arg((2048, 2048, 128), "layer widths of the projector")
+    projector_bn: bool = arg(True, "BN after the projector's hidden layers")
+    temperature: float = arg(0.1, "softmax temperature of the prediction")
+    prototypes: int = arg(1000, "number of prototypes")
+    freeze_prototypes: float = arg(1.0, "freeze the prototypes for the first N epochs")
+    epsilon: float = arg(0.05, "Sinkhorn regularisation; smaller: nearer to one prototype a clip")
+    sinkhorn_iterations: int = arg(3, "Sinkhorn iterations (0: codes are not balanced)")
+
+
+# settings that learn in 400 steps on a CPU; --small takes them for your own videos
+DEMO = dict(
+    backbone="tiny",
+    stride=4,
+    short_side=(64, 64),
+    size=32,
+    augment="crop,flip,gray",
+    crop_area=(0.4, 1.0),
+    epochs=40,
+    batch_size=40,
+    optimizer="adamw",
+    lr=4.8e-3,
+    warmup=0.075,
+    weight_decay=1e-4,
+    knn_every=10,
+    projector=(256, 64),
+    prototypes=300,
+)
 
 
 # --- method
 
 
-def sample_clips(duration, span, rho, timespan, rng):
+def sample_clips(duration, clip_seconds, rho, timespan, rng):
     """Start times (seconds) of rho clips: i.i.d. uniform, within `timespan` of each other."""
-    first, last = 0.0, max(0.0, duration - span)
+    first = 0.0
+    last = max(0.0, duration - clip_seconds)
     if timespan is not None and timespan < last:
         first = rng.uniform(0.0, last - timespan)
         last = first + timespan
-    return rng.uniform(first, last, size=rho).tolist()
+    return rng.uniform(first, last, size=rho)
 
 
 @torch.no_grad()
 def sinkhorn(scores, epsilon, iterations):
-    """Codes (B, K) of scores (B, K): rows sum to 1, columns to B / K in the limit (CON:824).
+    """Codes (B, K) of scores (B, K): rows sum to 1, columns to B / K in the limit.
 
-    In the log domain: exp(score / epsilon) overflows if epsilon is below 0.0113. Log-softmax down a
-    column is the normalisation of a prototype, along a row that of a clip; constant factors cancel.
-    """
+    In the log domain, as exp(score / epsilon) overflows for a small epsilon: log-softmax down a
+    column normalises a prototype, along a row a clip; constant factors cancel (released
+    contrastive.py, line 824, has the exponential form)."""
     log_codes = scores / epsilon
     for _ in range(iterations):
-        log_codes = F.log_softmax(F.log_softmax(log_codes, dim=0), dim=1)
+        log_codes = F.log_softmax(log_codes, dim=0)
+        log_codes = F.log_softmax(log_codes, dim=1)
     return F.softmax(log_codes, dim=1)
 
 
 def swapped_prediction(scores, codes, temperature):
-    """Cross-entropy of view i's codes with view j's scores, both (B, V, K); mean over i != j."""
-    V = scores.shape[1]
+    """Cross-entropy of view i's codes and view j's scores, (B, V, K) each: the mean over pairs
+    i != j."""
+    B, V, _ = scores.shape
     log_p = F.log_softmax(scores / temperature, dim=-1)  # (B, V, K)
-    cross = -torch.einsum("bik,bjk->bij", codes, log_p)  # (B, V, V)
-    others = ~torch.eye(V, dtype=torch.bool, device=scores.device)  # (V, V): of different views
-    return cross[:, others].mean()
+    losses = -torch.einsum("bik,bjk->bij", codes, log_p)  # (B, V, V)
+    different_views = 1 - torch.eye(V, device=scores.device)  # (V, V)
+    return (losses * different_views).sum() / (B * V * (V - 1))
 
 
 class SwAV(nn.Module):
-    def __init__(self, args):
+    def __init__(self, cfg):
         super().__init__()
-        backbone = common.backbone(args.backbone)
-        projector = common.mlp((backbone.feature_dim, *args.projector), args.projector_bn)
+        backbone = common.backbone(cfg.backbone)
+        projector = common.mlp((backbone.feature_dim, *cfg.projector), cfg.projector_bn)
         self.encoder = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
-        self.prototypes = nn.Linear(args.projector[-1], args.prototypes, bias=False)
+        self.prototypes = nn.Linear(cfg.projector[-1], cfg.prototypes, bias=False)
         normalize_prototypes(self.prototypes)
-        self.low_memory = args.low_memory
+        self.low_memory = cfg.low_memory
 
     def forward(self, clips):
-        """(B, V, 3, T, H, W) -> projections (B, V, D) of unit length, scores (B, V, K)."""
-        z = common.per_view(self.encoder, clips, self.low_memory)
+        """(B, V, 3, T, H, W) -> projections (B, V, D) of unit length, scores (B, V, K), float32."""
+        z = common.encode_views(self.encoder, clips, self.low_memory)
         z = F.normalize(z, dim=-1)
-        with torch.autocast(z.device.type, enabled=False):  # too coarse to divide by epsilon
+        with torch.autocast(z.device.type, enabled=False):  # bfloat16 / epsilon is too coarse
             return z, self.prototypes(z)
 
 
@@ -119,33 +147,36 @@ def assign(scores, epsilon, iterations):
     """Codes (B, V, K) of this rank's scores (B, V, K), balanced over view i of all ranks."""
     joint = common.gather(scores)  # (W * B, V, K)
     codes = [sinkhorn(view, epsilon, iterations) for view in joint.unbind(1)]
-    return torch.stack(codes, dim=1).chunk(common.world_size())[common.rank()]
+    return common.local_part(torch.stack(codes, dim=1))
 
 
 # --- training
 
 
 def main(argv=None):
-    args, videos = common.start(Recipe, argv)
-    model = SwAV(args)
-    network = common.distribute(model, args)
-    optimizer = common.make_optimizer(model, args)
-    chance = math.log(args.prototypes)  # all prototypes alike
-    if args.prototypes > args.batch_size and args.freeze_prototypes < args.epochs:
-        common.say(
-            f"WARN {args.prototypes} prototypes learn from {args.batch_size} videos a step: fewer "
-            f"--prototypes, a larger --batch-size or --freeze-prototypes {args.epochs} may help"
-        )
-    for step in common.train(args, videos, model, optimizer, sample_clips, chance):
-        with step.autocast():
-            z, scores = network(step.clips)  # (B, V, D), (B, V, K), float32
-        codes = assign(scores, args.epsilon, args.sinkhorn_iterations)  # (B, V, K)
-        loss = swapped_prediction(scores, codes, args.temperature)
+    cfg = common.parse_args(Config, DEMO, argv)
+    common.init_distributed(cfg)
+    dataset = common.VideoClips(cfg, sample_clips)
+    model = SwAV(cfg).to(common.device())
+    network = common.wrap_ddp(model, cfg)
+    optimizer = common.make_optimizer(model, cfg)
+    chance = math.log(cfg.prototypes)  # all prototypes alike
+    run = common.Run(cfg, dataset, model, optimizer, chance)
+    if cfg.prototypes > cfg.batch_size and cfg.freeze_prototypes < cfg.epochs:
+        words = f"{cfg.prototypes} prototypes learn from {cfg.batch_size} videos a step"
+        common.print_main(f"WARN {words}: fewer --prototypes or a larger --batch-size may help")
+    for batch in run.batches():
+        with common.autocast():
+            z, scores = network(batch["clips"])  # (B, V, D), (B, V, K), float32
+        codes = assign(scores, cfg.epsilon, cfg.sinkhorn_iterations)  # (B, V, K)
+        loss = swapped_prediction(scores, codes, cfg.temperature)
+        optimizer.zero_grad()
         loss.backward()
-        if step.epoch < args.freeze_prototypes:
+        if run.epoch < cfg.freeze_prototypes:
             model.prototypes.weight.grad = None
-        if step.update(loss, features=z):
-            normalize_prototypes(model.prototypes)
+        optimizer.step()
+        normalize_prototypes(model.prototypes)
+        run.record(loss, features=z)
 
 
 if __name__ == "__main__":
