@@ -6,8 +6,8 @@ Idea     Predict, from one clip, what a slowly moving copy of the network (the t
          another clip of the same video. The predictor, the slow copy and the stop-gradient keep
          training away from collapse (all features equal), which would minimise the loss. Why they
          suffice is not fully understood.
-Loss     2 - 2 cos(q_i, k_j), the mean over videos and ordered pairs of views i != j; q = prediction,
-         k = projection by the target.
+Loss     2 - 2 cos(q_i, k_j), the mean over videos and ordered pairs of views i != j; q is the
+         prediction, k the projection by the target.
 rho      rho clips of a video are decoded; each goes through both networks; rho (rho - 1) ordered
          positive pairs. rho = 1: one clip is augmented twice.
          backward() runs on V x loss, the sum over query clips, as in the released code.
@@ -34,9 +34,7 @@ from common import arg
 @dataclass
 class Config(common.Config):
     rho: int = arg(2, "clips per video, sampled at different times")
-    timespan: float = arg(
-        None, "all clips of a video start within this many seconds (else anywhere)"
-    )
+    timespan: float = arg(math.inf, "all clips of a video start within so many seconds")
     backbone: str = arg("slow_r50", "the network", choices=common.BACKBONES)
     frames: int = arg(8, "frames per clip")
     stride: int = arg(8, "temporal stride, in frames at 30 fps")
@@ -62,24 +60,9 @@ class Config(common.Config):
     target_momentum_end: float = arg(1.0, "final EMA momentum; equal to the initial: constant")
 
 
-# settings that learn in 400 steps on a CPU; --small takes them for your own videos
-DEMO = dict(
-    backbone="tiny",
-    stride=4,
-    short_side=(64, 64),
-    size=32,
-    augment="crop,flip,gray",
-    crop_area=(0.4, 1.0),
-    epochs=40,
-    batch_size=40,
-    optimizer="adamw",
-    lr=2.4e-3,
-    warmup=0.075,
-    weight_decay=1e-4,
-    knn_every=10,
-    projector=(1024, 64),
-    predictor=(1024, 64),
-    target_momentum=0.9,
+# what learns in 400 steps on a CPU; --small takes it for your own videos
+DEMO = common.DEMO | dict(
+    lr=2.4e-3, projector=(1024, 64), predictor=(1024, 64), target_momentum=0.9
 )
 
 
@@ -90,7 +73,7 @@ def sample_clips(duration, clip_seconds, rho, timespan, rng):
     """Start times (seconds) of rho clips: i.i.d. uniform, within `timespan` of each other."""
     first = 0.0
     last = max(0.0, duration - clip_seconds)
-    if timespan is not None and timespan < last:
+    if timespan < last:
         first = rng.uniform(0.0, last - timespan)
         last = first + timespan
     return rng.uniform(first, last, size=rho)
@@ -126,7 +109,7 @@ class BYOL(nn.Module):
 
 
 def target_momentum(start, end, progress):
-    """EMA momentum: from `start` to `end` along half a cosine (released contrastive.py, line 245)."""
+    """EMA momentum: half a cosine from start to end (released contrastive.py, line 245)."""
     return end - (end - start) * (math.cos(math.pi * progress) + 1) / 2
 
 

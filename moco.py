@@ -33,9 +33,7 @@ from common import arg
 @dataclass
 class Config(common.Config):
     rho: int = arg(2, "clips per video, sampled at different times")
-    timespan: float = arg(
-        None, "all clips of a video start within this many seconds (else anywhere)"
-    )
+    timespan: float = arg(math.inf, "all clips of a video start within so many seconds")
     backbone: str = arg("slow_r50", "the network", choices=common.BACKBONES)
     frames: int = arg(8, "frames per clip")
     stride: int = arg(8, "temporal stride, in frames at 30 fps")
@@ -62,21 +60,9 @@ class Config(common.Config):
     queue: int = arg(65536, "queue length, in keys")
 
 
-# settings that learn in 400 steps on a CPU; --small takes them for your own videos
-DEMO = dict(
-    backbone="tiny",
-    stride=4,
-    short_side=(64, 64),
-    size=32,
-    augment="crop,flip,gray",
-    crop_area=(0.4, 1.0),
-    epochs=40,
-    batch_size=40,
-    optimizer="adamw",
+# what learns in 400 steps on a CPU; --small takes it for your own videos
+DEMO = common.DEMO | dict(
     lr=4.8e-3,
-    warmup=0.075,
-    weight_decay=1e-4,
-    knn_every=10,
     projector=(256, 64),
     projector_bn=True,
     temperature=0.2,
@@ -92,7 +78,7 @@ def sample_clips(duration, clip_seconds, rho, timespan, rng):
     """Start times (seconds) of rho clips: i.i.d. uniform, within `timespan` of each other."""
     first = 0.0
     last = max(0.0, duration - clip_seconds)
-    if timespan is not None and timespan < last:
+    if timespan < last:
         first = rng.uniform(0.0, last - timespan)
         last = first + timespan
     return rng.uniform(first, last, size=rho)
@@ -137,10 +123,8 @@ class MoCo(nn.Module):
 
 
 def encode_shuffled(network, clips, seed):
-    """Shuffling BN (MoCo, section 3.3): encode clips of other ranks, (B, V, ...) -> (B, V, D).
-
-    Query and key are normalised in different batches; otherwise BN statistics could give away the
-    positive (released contrastive.py, line 169)."""
+    """Shuffling BN (MoCo, section 3.3): (B, V, ...) -> (B, V, D), by way of other ranks. Query and
+    key are normalised in different batches; else BN statistics could give away the positive."""
     if common.world_size() == 1:
         return common.encode_views(network, clips)
     clips = common.gather(clips)  # (W * B, V, ...)
@@ -151,7 +135,7 @@ def encode_shuffled(network, clips, seed):
 
 
 def target_momentum(start, end, progress):
-    """EMA momentum: from `start` to `end` along half a cosine (released contrastive.py, line 245)."""
+    """EMA momentum: half a cosine from start to end (released contrastive.py, line 245)."""
     return end - (end - start) * (math.cos(math.pi * progress) + 1) / 2
 
 
@@ -185,8 +169,7 @@ def main(argv=None):
     chance = math.log(cfg.queue + 1)  # all keys alike, the queue full
     run = common.Run(cfg, dataset, model, optimizer, chance)
     if cfg.queue > cfg.num_views * len(dataset):
-        words = "the queue holds more keys than one epoch produces; use a smaller --queue"
-        common.print_main(f"WARN {words}")
+        common.print_main("WARN one epoch does not fill the queue; use a smaller --queue")
     for batch in run.batches():
         with common.autocast():
             q, k = network(batch["clips"])  # (B, V, D) each, float32

@@ -30,9 +30,7 @@ from common import arg
 @dataclass
 class Config(common.Config):
     rho: int = arg(2, "clips per video, sampled at different times")
-    timespan: float = arg(
-        None, "all clips of a video start within this many seconds (else anywhere)"
-    )
+    timespan: float = arg(math.inf, "all clips of a video start within so many seconds")
     backbone: str = arg("slow_r50", "the network", choices=common.BACKBONES)
     frames: int = arg(8, "frames per clip")
     stride: int = arg(8, "temporal stride, in frames at 30 fps")
@@ -56,24 +54,8 @@ class Config(common.Config):
     temperature: float = arg(0.1, "softmax temperature")
 
 
-# settings that learn in 400 steps on a CPU; --small takes them for your own videos
-DEMO = dict(
-    backbone="tiny",
-    stride=4,
-    short_side=(64, 64),
-    size=32,
-    augment="crop,flip,gray",
-    crop_area=(0.4, 1.0),
-    epochs=40,
-    batch_size=40,
-    optimizer="adamw",
-    lr=4.8e-3,
-    warmup=0.075,
-    weight_decay=1e-4,
-    knn_every=10,
-    projector=(256, 64),
-    temperature=0.2,
-)
+# what learns in 400 steps on a CPU; --small takes it for your own videos
+DEMO = common.DEMO | dict(lr=4.8e-3, projector=(256, 64), temperature=0.2)
 
 
 # --- method
@@ -83,7 +65,7 @@ def sample_clips(duration, clip_seconds, rho, timespan, rng):
     """Start times (seconds) of rho clips: i.i.d. uniform, within `timespan` of each other."""
     first = 0.0
     last = max(0.0, duration - clip_seconds)
-    if timespan is not None and timespan < last:
+    if timespan < last:
         first = rng.uniform(0.0, last - timespan)
         last = first + timespan
     return rng.uniform(first, last, size=rho)

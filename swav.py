@@ -8,7 +8,7 @@ Idea     Assign each clip to prototypes and predict its assignment, the code, fr
 Loss     - sum over prototypes of code_i log softmax(scores_j / temperature), the mean over videos
          and ordered pairs of views i != j.
 rho      rho clips of a video are decoded and encoded; rho (rho - 1) ordered pairs; rho assignment
-         problems, each over view i of the videos of all ranks. rho = 1: one clip is augmented twice.
+         problems, each over view i of the videos of all ranks. rho = 1: one clip, augmented twice.
 Recipe   torchrun --nproc_per_node=8 swav.py --data kinetics/train
          The released configuration. K400 linear, released model: 62.6 at rho 2; paper: 61.6 at
          rho 2, 62.7 at rho 3.
@@ -31,9 +31,7 @@ from common import arg
 @dataclass
 class Config(common.Config):
     rho: int = arg(2, "clips per video, sampled at different times")
-    timespan: float = arg(
-        None, "all clips of a video start within this many seconds (else anywhere)"
-    )
+    timespan: float = arg(math.inf, "all clips of a video start within so many seconds")
     backbone: str = arg("slow_r50", "the network", choices=common.BACKBONES)
     frames: int = arg(8, "frames per clip")
     stride: int = arg(8, "temporal stride, in frames at 30 fps")
@@ -61,24 +59,8 @@ class Config(common.Config):
     sinkhorn_iterations: int = arg(3, "Sinkhorn iterations (0: codes are not balanced)")
 
 
-# settings that learn in 400 steps on a CPU; --small takes them for your own videos
-DEMO = dict(
-    backbone="tiny",
-    stride=4,
-    short_side=(64, 64),
-    size=32,
-    augment="crop,flip,gray",
-    crop_area=(0.4, 1.0),
-    epochs=40,
-    batch_size=40,
-    optimizer="adamw",
-    lr=4.8e-3,
-    warmup=0.075,
-    weight_decay=1e-4,
-    knn_every=10,
-    projector=(256, 64),
-    prototypes=300,
-)
+# what learns in 400 steps on a CPU; --small takes it for your own videos
+DEMO = common.DEMO | dict(lr=4.8e-3, projector=(256, 64), prototypes=300)
 
 
 # --- method
@@ -88,7 +70,7 @@ def sample_clips(duration, clip_seconds, rho, timespan, rng):
     """Start times (seconds) of rho clips: i.i.d. uniform, within `timespan` of each other."""
     first = 0.0
     last = max(0.0, duration - clip_seconds)
-    if timespan is not None and timespan < last:
+    if timespan < last:
         first = rng.uniform(0.0, last - timespan)
         last = first + timespan
     return rng.uniform(first, last, size=rho)
