@@ -151,9 +151,8 @@ def enqueue(model, keys):
     """Replace the oldest keys of the queue by keys (W * B, V, D) of all ranks, video by video."""
     keys = keys.flatten(0, 1)
     K = len(model.queue)
-    first = max(0, len(keys) - K)  # a queue shorter than the batch keeps the last K keys
-    numbers = model.enqueued + torch.arange(first, len(keys), device=keys.device)
-    model.queue[numbers % max(1, K)] = keys[first:]
+    places = (model.enqueued + torch.arange(len(keys), device=keys.device)) % max(1, K)
+    model.queue[places[-K:]] = keys[-K:]
     model.enqueued += len(keys)
 
 
