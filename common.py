@@ -57,6 +57,8 @@ def arg(default, help, choices=None):
         options |= {"type": type(default[0]), "nargs": "+"}
     else:
         options |= {"type": type(default), "choices": choices}
+        if choices:
+            options["metavar"] = None  # --help lists them
     return dataclasses.field(default=default, metadata=options)
 
 
