@@ -381,7 +381,8 @@ def test_loss(method, rho, optimizer, runs):
     """Other pairs, a sum for the mean, online targets, queries as keys, codes of all views at once:
     what a loss function cannot know. Also the chance level that is written beside the loss."""
     for found, expected in list(zip(*runs(method, rho, optimizer), strict=True))[1:]:
-        assert found.loss_sum == pytest.approx(expected["loss_sum"], rel=TOLERANCE, abs=1e-12)
+        equal = pytest.approx(expected["loss_sum"], rel=TOLERANCE, abs=1e-12)
+        assert found.loss_sum == equal, f"after step {found.step}"
         mean = dict(loss=expected["loss_sum"] / expected["steps"])
         assert_logged(found, mean, "loss")
         assert_logged(found, expected, "chance")
@@ -390,9 +391,9 @@ def test_loss(method, rho, optimizer, runs):
 @every_method
 @every_case
 def test_trained_weights(method, rho, optimizer, runs):
-    """A gradient through targets, keys or codes; the factor V left out, or in SimCLR and SwAV;
-    weight decay on BN, gradients of the step before, LARS without trust, prototypes that are never
-    frozen or not normalised."""
+    """A gradient through targets, keys or codes; the factor V of MoCo and BYOL left out, or in
+    SimCLR and SwAV; weight decay on BN, gradients of the step before, LARS without trust,
+    prototypes that are never frozen or not normalised."""
     trained = {"byol": ["encoder", "predictor"], "swav": ["encoder", "prototypes"]}
     for found, expected in zip(*runs(method, rho, optimizer), strict=True):
         for name in trained.get(method, ["encoder"]):
