@@ -58,13 +58,13 @@ def batches_of(method, argv):
 
 def passes_of(script, argv):
     """Run a script; what its backbones were called with, in order: clips (N, 3, T, H, W), whether
-    in training mode, the weight of the first layer."""
+    in training mode, the weight of the first layer; numpy arrays."""
     found, make = [], common.backbone
 
     def note(stage, inputs):
         (clips,) = inputs
-        weight = next(stage.parameters()).detach().clone()
-        found.append(Pass(clips.detach().clone().contiguous(), stage.training, weight))
+        weight = next(stage.parameters()).detach().numpy().copy()
+        found.append(Pass(clips.detach().numpy().copy(), stage.training, weight))
 
     def spied(name):
         network = make(name)
@@ -100,19 +100,20 @@ def scores_of(argv):
 
 
 def targets_of(argv):
-    """Run finetune.py on several actions a video; of each step's loss the targets (N, classes), and
-    the boxes that the network got, (N, 4) in pixels, with the number of their clip, (N,)."""
+    """Run finetune.py on videos of several actions. Returns the passes, the targets of each step's
+    loss, flat, and, of AVA, of each pass the boxes (N, 4) in pixels and whose they are: (N,), the
+    number of a clip in the pass."""
     targets, boxes = [], []
     entropy, align = F.binary_cross_entropy_with_logits, finetune.roi_align
 
     def recorded_entropy(scores, target, *args, **more):
-        targets.append(target.detach().clone())
+        targets.append(target.flatten().numpy().copy())
         return entropy(scores, target, *args, **more)
 
     def recorded_align(maps, parts, *args, **more):
         real = [part[(part[:, 2:] > part[:, :2]).all(1)] for part in parts]  # the others fill up
         clip = [torch.full((len(part),), b) for b, part in enumerate(real)]
-        boxes.append((torch.cat(real), torch.cat(clip)))
+        boxes.append((torch.cat(real).numpy(), torch.cat(clip).numpy()))
         return align(maps, parts, *args, **more)
 
     with (
