@@ -10,6 +10,7 @@ FRAMES, STRIDE, LENGTH = 4, 4, 60
 LAST = (LENGTH - FRAMES * STRIDE) / 30  # the latest start of a clip, in seconds
 FLAGS = [*SMALL, *"--size 24 --short-side 24 24 --augment none --knn-every 0".split()]
 FLAGS += ["--batch-size", "4", "--epochs", "4"]
+AUGMENTED = ["--rho", "3", "--augment", "crop,flip,jitter,gray,blur"]
 
 
 @pytest.fixture(scope="module")
@@ -34,9 +35,9 @@ def argv(videos, tmp_path):
 
 @pytest.fixture(scope="module")
 def fed(videos, tmp_path_factory):
-    """What BYOL is fed at rho 3: four epochs of three steps of four videos."""
+    """What BYOL is fed at rho 3, augmented: four epochs of three steps of four videos."""
     out = tmp_path_factory.mktemp("run")
-    return batches_of("byol", ["--data", str(videos), "--out", str(out), *FLAGS, "--rho", "3"])
+    return batches_of("byol", ["--data", str(videos), "--out", str(out), *FLAGS, *AUGMENTED])
 
 
 def order(batches):
@@ -88,9 +89,11 @@ def test_other_clips_in_every_epoch(fed):
         assert len({tuple(row) for (e, _), row in found.items() if e == epoch}) == 12
 
 
-def test_clips_come_from_the_whole_video(fed):
+@pytest.mark.parametrize("method", METHODS)
+def test_clips_come_from_the_whole_video(method, argv):
     """Clips of the beginning alone, or beyond the end."""
-    times = np.array([*starts(fed).values()])
+    own = ["--queue", "50"] if method == "moco" else []
+    times = np.array([*starts(batches_of(method, [*argv, *own, "--rho", "3"])).values()])
     assert times.shape == (48, 3) and times.min() >= 0 and times.max() <= LAST
     assert times.min() < 0.05 * LAST and times.max() > 0.95 * LAST
     assert abs(times.mean() / LAST - 0.5) < 0.1
@@ -161,12 +164,12 @@ def test_crops_are_drawn_for_each_view(argv):
 
 def test_the_same_for_the_same_seed(fed, argv):
     """Randomness that is not the seed's: a run that cannot be repeated."""
-    assert_same(fed, batches_of("byol", [*argv, "--rho", "3"]))
+    assert_same(fed, batches_of("byol", [*argv, *AUGMENTED]))
 
 
 def test_other_for_another_seed(fed, argv):
     """A seed that does not reach the order of the videos, or the clips."""
-    other = batches_of("byol", [*argv, "--rho", "3", "--seed", "1"])
+    other = batches_of("byol", [*argv, *AUGMENTED, "--seed", "1"])
     assert not any(a == b for a, b in zip(order(fed), order(other), strict=True))
     one, two = starts(fed), starts(other)
     both = one.keys() & two.keys()
@@ -175,7 +178,7 @@ def test_other_for_another_seed(fed, argv):
 
 def test_the_same_with_workers_and_after_a_stop(fed, argv):
     """Clips that depend on the worker, or on where the run began again: in mid-epoch."""
-    flags = [*argv, "--rho", "3", "--workers", "2"]
+    flags = [*argv, *AUGMENTED, "--workers", "2"]
     begun = batches_of("byol", [*flags, "--max-steps", "4"])
     assert_same(fed, begun + batches_of("byol", flags))
 
@@ -183,7 +186,7 @@ def test_the_same_with_workers_and_after_a_stop(fed, argv):
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_each_rank_has_its_slice_of_the_batch(ranks, fed, argv):
     """Ranks that get the same videos, interleaved ones, or other clips than one process does."""
-    flags = [*argv, "--rho", "3", "--max-steps", "4"]
+    flags = [*argv, *AUGMENTED, "--max-steps", "4"]
     if ranks == 4:  # each needs two videos
         flags += ["--batch-size", "8"]
         (fed,) = run_ranks(1, batches_of, "simclr", [*flags, "--out", flags[3] + "-whole"])
