@@ -141,17 +141,23 @@ def test_the_online_network_is_read(method, file, pretrained, root, tmp_path):
     assert not equal(network_of(out, "online"), network_of(out, "target"))
 
 
-def test_knn_while_training_is_the_online_networks(root, tmp_path):
-    """The kNN curve of the target network, or of the network in training mode."""
+@pytest.mark.parametrize("beside", [True, False])
+def test_knn_while_training_is_the_online_networks(beside, root, tmp_path):
+    """The kNN curve of the target network or of one in training mode, or queries in their own bank.
+
+    With a folder val beside train all videos of both are read, without it each of the list once."""
     out = tmp_path / "out"
-    flags = ["--data", str(root / "train"), "--out", str(out), *SMALL, *STILL_TARGET, *NO_WARMUP]
+    data = str(root / "train") if beside else listed(tmp_path / "l.txt", files(root, "train"))
+    flags = ["--data", data, "--out", str(out), *SMALL, *STILL_TARGET, *NO_WARMUP]
+    flags += ["--size", "24", "--short-side", "24", "24"]
     passes = passes_of(byol, [*flags, "--knn-every", "2", "--lr", "0.1"])
     weights = {which: [*network_of(out, which).values()][0] for which in ("online", "target")}
     measured = [each for each in passes if not each.training]
-    assert sum(len(each.clips) for each in measured) == 2 * (12 + 5)  # 2 clips a video
     for each in measured:
         np.testing.assert_array_equal(each.weight, weights["online"])
     assert not torch.equal(weights["online"], weights["target"])
+    videos = Counter(video for video, _ in views(measured, 24))
+    assert videos == Counter(2 * [*range(12), *(range(20, 25) if beside else [])])
 
 
 # --- the probe
@@ -333,6 +339,33 @@ def test_the_result_can_be_worked_out(mode, colour, tmp_path):
     assert mode == "finetune" or result["knn_top1"] == top1
 
 
+def test_neighbours_vote_by_their_similarity(colour, tmp_path):
+    """The vote of the nearest video alone, or one vote for each of the 20 nearest.
+
+    The nearest of the query is called blue, five others that are like it red; and with one vote
+    for each of ten videos blue would have as many."""
+    red, blue = red_and_blue(tmp_path, 6, "train")
+    train = [(path, "red") for path in red[1:]] + [(path, "blue") for path in [red[0], *blue[:4]]]
+    result = evaluated("cached", colour, train, [(red[0], "red")], tmp_path)
+    assert result["knn_top1"] == 100
+
+
+def test_neighbours_are_compared_by_all_views(colour, tmp_path):
+    """kNN on the first view of a video, of the training or of the test set.
+
+    The first of four views of each video has the colour of the other class."""
+    tones = {"red": (220, 20, 20), "blue": (20, 20, 220)}
+    rows = {"train": [], "val": []}
+    for name, other in (("red", "blue"), ("blue", "red")):
+        for part in ("train", "train", "val"):
+            path = tmp_path / f"{part}-{name}-{len(rows[part])}.mp4"
+            plain_video(path, [tones[other]] * 8 + [tones[name]] * 32)
+            rows[part].append((path, name))
+    plain = plain_video(tmp_path / "plain.mp4", [tones["red"]] * 40)
+    result = evaluated("cached", colour, rows["train"], [*rows["val"], (plain, "red")], tmp_path)
+    assert result["knn_top1"] == 100
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_classes_are_numbered_as_in_training(mode, colour, tmp_path):
     """A test set that lacks the first class and numbers its own from 0."""
@@ -369,6 +402,9 @@ def test_all_layers_are_trained(argv, pretrained, tmp_path):
     assert before.keys() == after.keys()
     for name, tensor in after.items():
         assert not torch.equal(tensor, before[name]), name
+    finetune.main([*argv, "--dropout", "0.5", "--epochs", "1", "--out", str(tmp_path / "short")])
+    early = last(tmp_path / "short")  # the classifier, too
+    assert not any(torch.equal(t, early[name]) for name, t in last(tmp_path / "out").items())
     first, *_, final = passes
     np.testing.assert_array_equal(first.weight, [*before.values()][0])
     np.testing.assert_array_equal(final.weight, [*after.values()][0])
@@ -431,12 +467,12 @@ def official(root, dataset, first, second):
 @pytest.mark.parametrize("dataset", ["ucf101", "hmdb51"])
 def test_split_2_reads_list_2(dataset, tmp_path):
     """--split that is not heard, or the two lists of a split the wrong way round."""
-    official(tmp_path, dataset, range(1, 7), range(7, 11))
+    official(tmp_path, dataset, range(1, 7), range(7, 13))
     flags = ["--dataset", dataset, "--data", str(tmp_path), "--split", "2", *TINY]
     passes = passes_of(finetune, [*flags, "--out", str(tmp_path / "out"), "--test-clips", "1"])
     assert {video for video, _ in views(passes, 24)} == {*range(1, 7)}
-    assert {video for video, _ in views(passes, 27)} == {*range(7, 11)}
-    assert result_of(["--out", str(tmp_path / "out")])["n"] == 4
+    assert {video for video, _ in views(passes, 27)} == {*range(7, 13)}
+    assert result_of(["--out", str(tmp_path / "out")])["n"] == 6
 
 
 def ssv2_of(root, make):
@@ -555,14 +591,16 @@ def people(video, second):
 
 
 def ava_of(root):
-    """The layout of AVA: six videos to train on, two to test, each with three key frames. Around
-    each the people of that key frame are seen, in the colours of their actions."""
+    """The layout of AVA: six videos to train on, two to test, each with three key frames. In the
+    15 frames that a clip may show, the people of its key frame are seen, in the colours of their
+    actions."""
 
     def draw(counter, width, height):
         video, frame = divmod(counter, 1000)
         picture = np.zeros((height, width, 3), np.uint8)
-        second = round(frame / 30)
-        for (x1, y1, x2, y2), action in people(video, second) if 0 < second < 4 else []:
+        second, late = divmod(frame + 9, 30)  # a clip of 4 frames begins 8 frames early
+        there = people(video, second) if 0 < second < 4 and late < 15 else []
+        for (x1, y1, x2, y2), action in there:
             rows = slice(round(y1 * height), round(y2 * height))
             picture[rows, round(x1 * width) : round(x2 * width)] = TONES[action]
         return picture
