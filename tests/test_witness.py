@@ -188,6 +188,7 @@ def test_videos_and_views_of_the_full_protocol(ranks, argv):
     else:
         passes = sum(run_ranks(2, passes_of, eval_linear, [*argv, "--no-cached"]), [])
     assert Counter(views(passes, 27)) == expected_views(cached=False)
+    assert (result_of(argv)["n"], result_of(argv)["missing"]) == (5, 0)
     trained = views(passes, 24)
     assert Counter(video for video, _ in trained) == Counter([*range(12)] * 3)
     if ranks == 1:
@@ -350,8 +351,8 @@ def test_neighbours_vote_by_their_similarity(colour, tmp_path):
     assert result["knn_top1"] == 100
 
 
-def test_neighbours_are_compared_by_all_views(colour, tmp_path):
-    """kNN on the first view of a video, of the training or of the test set.
+def test_all_views_of_a_video_are_used(colour, tmp_path):
+    """kNN or the cached classifier on the first view of a video.
 
     The first of four views of each video has the colour of the other class."""
     tones = {"red": (220, 20, 20), "blue": (20, 20, 220)}
@@ -363,7 +364,26 @@ def test_neighbours_are_compared_by_all_views(colour, tmp_path):
             rows[part].append((path, name))
     plain = plain_video(tmp_path / "plain.mp4", [tones["red"]] * 40)
     result = evaluated("cached", colour, rows["train"], [*rows["val"], (plain, "red")], tmp_path)
-    assert result["knn_top1"] == 100
+    assert result["knn_top1"] == result["linear_top1"] == 100
+
+
+def test_the_knn_curve_can_be_worked_out(colour, tmp_path):
+    """A kNN curve of the training videos against the test videos, or with other videos' labels.
+
+    Two of three red test videos are called blue."""
+    (red, blue), (odd, _) = (red_and_blue(tmp_path, n, str(n)) for n in (4, 3))
+    rows = {"train": [(path, "red") for path in red] + [(path, "blue") for path in blue]}
+    rows["val"] = [(odd[0], "red"), (odd[1], "blue"), (odd[2], "blue")]
+    for part, videos in rows.items():
+        for i, (path, label) in enumerate(videos):
+            place = tmp_path / "set" / part / label
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{i}.mp4").symlink_to(path)
+    flags = ["--data", str(tmp_path / "set/train"), "--out", str(tmp_path / "out"), "--small"]
+    flags += "--backbone colour --frames 2 --stride 1 --size 24 --workers 0 --augment none".split()
+    byol.main([*flags, *"--batch-size 4 --epochs 2 --knn-every 2".split(), *NO_WARMUP])
+    lines = (tmp_path / "out/log.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["knn_top1"] == pytest.approx(100 / 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)
