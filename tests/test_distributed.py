@@ -86,30 +86,6 @@ def test_keys_are_shuffled_and_put_back():
     assert set(seen) & {0, 1, 2, 3} and set(seen) & {4, 5, 6, 7}
 
 
-def _views(argv):
-    import byol
-
-    args, videos = common.start(byol.Recipe, argv)
-    run = common._Run(args, videos, torch.nn.Linear(1, 1), None, 2.0)
-    batches = [batch[0] for batch in common._loader(run, byol.sample_clips)]
-    return [batch.numpy() for batch in batches]
-
-
-def test_same_views_for_all_workers_and_ranks(small):
-    """0 or 2 workers, 1 or 2 ranks: the same views; another epoch, another video: others."""
-    base = [*small, "--rho", "3", "--max-steps", "4"]
-    (alone,) = run_ranks(1, _views, base)
-    (workers,) = run_ranks(1, _views, [*base, "--workers", "2"])
-    ranks = run_ranks(2, _views, base)
-    assert len(alone) == 4
-    for step, batch in enumerate(alone):
-        assert batch.shape == (6, 3, 3, 4, 16, 16)
-        np.testing.assert_array_equal(batch, workers[step])
-        np.testing.assert_array_equal(batch, np.concatenate([r[step] for r in ranks]))
-    assert not any((alone[0] == other).all() for other in alone[1:])
-    assert not (alone[0][:, 0] == alone[0][:, 1]).all(axis=(1, 2, 3, 4)).any()
-
-
 @pytest.mark.parametrize("ranks, share", [(1, 64), (2, 32), (4, 16)])
 def test_batch_and_lr_do_not_depend_on_ranks(ranks, share, folder, monkeypatch, capsys):
     """1 x 64, 2 x 32 and 4 x 16 videos are the same batch with the same learning rate."""
