@@ -1434,6 +1434,7 @@ class Run:
         if self.losses:
             self.losses = list(self.mean_losses())
         self.saved = time.monotonic()
+        self.bad_videos = sorted(set().union(*gather_objects(self.bad_videos)))
         if rank() > 0:
             return
         network, config = self.model.encoder.backbone, self.settings()
