@@ -721,6 +721,8 @@ def train_transform(cfg):
         choices = ", ".join(["crop", *table, "none"])
         fail(f"--augment: unknown augmentation {min(unknown)}; choose from {choices}")
     area = getattr(cfg, "crop_area", (0, 0))
+    if len(area) != 2 or not 0 <= area[0] <= area[1] <= 1:
+        fail(f"--crop-area {area}: two shares of the frame, the smaller one first")
     crop = v2.Compose([v2.Resize(cfg.size), v2.CenterCrop(cfg.size)])
     if "crop" in names and any(area):
         crop = v2.RandomResizedCrop(cfg.size, scale=area, ratio=(3 / 4, 4 / 3))
