@@ -75,9 +75,9 @@ REASONS = {
 
 @pytest.mark.parametrize("ranks, seconds", [(1, 20), (2, 45)])
 def test_nothing_hangs(ranks, seconds, small, tmp_path):
-    """A mistake in a sampler, in an augmentation, at record(), in a number for the log, and a worker
-    that dies, on one rank: the run ends in time with the traceback and a status that is not 0, and
-    leaves no process behind."""
+    """A mistake in a sampler, in an augmentation, at record(), in a number for the log, and a
+    worker that dies, on one rank: the run ends in time with the traceback and a status that is not
+    0, and leaves no process behind."""
     script = tmp_path / "broken.py"
     script.write_text(textwrap.dedent(BROKEN.format(root=str(ROOT))))
     argv = [
@@ -117,8 +117,8 @@ def files_of(folder):
 
 
 def test_a_finished_run_says_so(small, tmp_path, capfd):
-    """The same command again: nothing was trained, how to train anew, exit code 0, and every file is
-    as it was."""
+    """The same command again: nothing was trained, how to train anew, exit code 0, and every file
+    is as it was."""
     byol.main(small)
     before = files_of(tmp_path / "out")
     assert "done, 4 of 4 steps" in capfd.readouterr().out
@@ -317,7 +317,8 @@ class Terminal:
 
 
 def test_the_bar_of_a_resumed_run(small, monkeypatch):
-    """On a terminal: a bar with the loss and the time that is left; it begins at the resumed step."""
+    """On a terminal a bar shows the loss and the time that is left; it begins at the resumed
+    step."""
     byol.main([*small, "--epochs", "10", "--max-steps", "8"])
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
