@@ -10,7 +10,6 @@ Loss     2 - 2 cos(q_i, k_j), the mean over videos and ordered pairs of views i 
          prediction, k the projection by the target.
 rho      rho clips of a video are decoded; each goes through both networks; rho (rho - 1) ordered
          positive pairs. rho = 1: one clip is augmented twice.
-         backward() runs on V x loss, the sum over query clips, as in the released code.
 Recipe   torchrun --nproc_per_node=8 byol.py --data kinetics/train
          The released configuration. K400 linear, released model: 67.4 at rho 2, 70.1 at rho 4;
          paper: 65.8 and 68.9.
@@ -41,9 +40,7 @@ class Config(common.Config):
     short_side: tuple[int, int] = arg((256, 256), "range of the resized short side, in pixels")
     size: int = arg(224, "crop size in pixels")
     augment: str = arg("crop,flip,jitter,gray,blur", "also rotate,cutout,noise,sobel or none")
-    crop_area: tuple[float, float] = arg(
-        (0.2, 0.766), "min and max crop area, fraction of the frame"
-    )
+    crop_area: tuple[float, float] = arg((0.2, 0.766), "min and max crop area, as a fraction")
     color_strength: float = arg(0.75, "strength of the color jitter")
     epochs: int = arg(200, "passes over the videos")
     batch_size: int = arg(64, "global batch size, in videos")
@@ -61,9 +58,8 @@ class Config(common.Config):
 
 
 # what learns in 400 steps on a CPU; --small takes it for your own videos
-DEMO = common.DEMO | dict(
-    lr=2.4e-3, projector=(1024, 64), predictor=(1024, 64), target_momentum=0.9
-)
+DEMO = common.DEMO | dict(lr=2.4e-3, projector=(1024, 64), projector_bn=True)
+DEMO |= dict(predictor=(1024, 64), target_momentum=0.9)
 
 
 # --- method
@@ -71,8 +67,7 @@ DEMO = common.DEMO | dict(
 
 def sample_clips(duration, clip_seconds, rho, timespan, rng):
     """Start times (seconds) of rho clips: i.i.d. uniform, within `timespan` of each other."""
-    first = 0.0
-    last = max(0.0, duration - clip_seconds)
+    first, last = 0.0, max(0.0, duration - clip_seconds)
     if timespan < last:
         first = rng.uniform(0.0, last - timespan)
         last = first + timespan

@@ -20,7 +20,6 @@ import json
 import math
 import multiprocessing
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -40,7 +39,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -134,11 +133,11 @@ def data_name(cfg):
 
 def _check(cfg):
     """End the process if settings cannot work, before anything long starts."""
-    for name, value in vars(cfg).items():
-        least = 1 if name in ("rho", "frames", "stride", "size", "epochs", "log_every") else 0
-        for number in value if isinstance(value, tuple) else [value]:
-            if isinstance(number, (int, float)) and number < least and name != "workers":
-                fail(f"--{name.replace('_', '-')} {number}: must be {least} or more")
+    for name in ("rho", "frames", "stride", "size", "epochs", "log_every"):
+        if getattr(cfg, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be 1 or more")
+    if not 0 < cfg.lr < math.inf or not 0 <= cfg.warmup < 1:
+        fail(f"--lr {cfg.lr} must be above 0, --warmup {cfg.warmup} from 0 to below 1")
     if os.environ.get("WORLD_SIZE", "1") != "1" and "LOCAL_RANK" not in os.environ:
         fail("WORLD_SIZE is set, but not by torchrun: start with torchrun, or unset it")
     if len(cfg.short_side) != 2 or not cfg.size <= cfg.short_side[0] <= cfg.short_side[1]:
@@ -202,8 +201,7 @@ def init_distributed(cfg):
     except OSError as error:
         fail(f"--out {cfg.out}: {error.strerror}")
     changed = [f"{k} {v}" for k, v in vars(cfg).items() if v != getattr(type(cfg), k, v)]
-    print_main(f"{versions()}; {world_size()} x {device().type}")
-    print_main(f"not the defaults: {', '.join(changed)}")
+    print_main(f"{versions()}; {world_size()} x {device().type}\nsettings: {', '.join(changed)}")
 
 
 def _kill_workers():
@@ -288,19 +286,14 @@ def wrap_ddp(model, cfg):
     """Return what to call for the forward pass: the model, in DDP if there are several ranks.
 
     Each rank keeps its own BN statistics, or all share them (SyncBN, on GPUs) if cfg.sync_bn."""
-    model.to(memory_format=torch.channels_last_3d)
-    for p in model.parameters():
-        if p.ndim == 5 and p.shape[2:].numel() == 1:  # both layouts at once; DDP wants this one
-            p.data = p.data.clone(memory_format=torch.contiguous_format)
     sizes = [p.numel() for p in model.parameters() if p.requires_grad]
     print_main(f"model: {cfg.backbone}; {sum(sizes):,} parameters are trained, with heads")
     if world_size() > 1 and cfg.sync_bn and device().type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
     if world_size() == 1:
         return model
-    with warnings.catch_warnings():  # torch 2.14 renames broadcast_buffers
-        warnings.simplefilter("ignore", FutureWarning)
-        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames broadcast_buffers
+    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
 
 # --- video
@@ -527,29 +520,34 @@ def list_videos(source, split=None):
     file, a text list (`path` or `path<TAB>label` lines, # comments), or a csv with a header of
     path, label, split ("train" takes the rows train, "val" the rows val or test). A path is
     relative to its list. Ends the process if the source cannot be read."""
-    source = Path(source)
-    if source.is_dir():
-        found = glob.iglob("**/*", root_dir=source, recursive=True)
-        names = sorted(name for name in found if Path(name).suffix.lower() in SUFFIXES)
-        return [str(source / name) for name in names], [os.path.dirname(name) for name in names]
-    if source.suffix.lower() in SUFFIXES and source.is_file():
-        return [str(source)], [""]
-    how = {"fieldnames": ["path", "label"], "delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    if source.suffix == ".csv":
-        how = {}
-    try:
-        text = source.read_text(encoding="utf-8-sig", errors="surrogateescape")
-        lines = [line for line in text.split("\n") if line.strip() and line[0] != "#"]
-        rows = list(csv.DictReader(lines, **how))
-    except (OSError, csv.Error) as error:
-        fail(f"{source}: {getattr(error, 'strerror', None) or error}")
+    folder, name = os.path.split(source)
+    if os.path.isdir(source):
+        folder = source
+        found = sorted(glob.iglob("**/*", root_dir=source, recursive=True))
+        rows = [{"path": name, "label": os.path.dirname(name)} for name in found if _is_video(name)]
+    elif _is_video(name):
+        rows = [{"path": name}]
+    else:
+        how = {"fieldnames": ["path", "label"], "delimiter": "\t", "quoting": csv.QUOTE_NONE}
+        if name.endswith(".csv"):
+            how = {}
+        try:
+            text = Path(source).read_text(encoding="utf-8-sig", errors="surrogateescape")
+            lines = [line for line in text.split("\n") if line.strip() and line[0] != "#"]
+            rows = list(csv.DictReader(lines, **how))
+        except (OSError, csv.Error) as error:
+            fail(f"cannot list the videos of {source}: {error}")
     if rows and "path" not in rows[0]:
         fail(f"{source}: its first line must name the columns path, label, split")
     if split is not None:
-        wanted = ("train",) if split == "train" else ("val", "test")
+        wanted = {"train": ("train",), "val": ("val", "test")}[split]
         rows = [row for row in rows if row.get("split", "train") in wanted]
-    paths = [os.path.join(source.parent, row["path"].strip()) for row in rows]
+    paths = [os.path.join(folder, row["path"].strip()) for row in rows]
     return paths, [(row.get("label") or "").strip() for row in rows]
+
+
+def _is_video(name):
+    return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def _demo_videos(folder):
@@ -582,6 +580,7 @@ class VideoClips(Dataset):
         self.crop, self.color = train_transform(cfg)
         if transform:
             self.crop, self.color = transform, None
+        self.color_on_device = device().type == "cuda"  # a worker must not ask
         paths, labels = videos or list_videos(find_data(cfg)[0], "train")
         if not paths:
             fail(f"no videos in {cfg.data} (looked for {' '.join(sorted(SUFFIXES))})")
@@ -620,13 +619,11 @@ class VideoClips(Dataset):
         clips = torch.from_numpy(frames).permute(0, 1, 4, 2, 3)  # (rho, T, 3, H, W)
         clips = clips.expand(self.cfg.num_views, *clips.shape[1:])  # rho = 1: the one clip twice
         crop_seeds, seeds = torch.from_numpy(rng.integers(2**62, size=(2, len(clips))))
-        clips = torch.stack(
-            [_draw(self.crop, *pair) for pair in zip(clips, crop_seeds, strict=True)]
-        )
+        clips = torch.stack(list(map(_draw, itertools.repeat(self.crop), clips, crop_seeds)))
         if self.color is None:
             return {"clips": clips.transpose(1, 2)}
-        if device().type == "cuda":
-            return {"clips": clips, "seeds": seeds}  # the main process does the rest, on the GPU
+        if self.color_on_device:
+            return {"clips": clips, "seeds": seeds}  # Run does the rest, on the GPU
         return {"clips": augment(clips, seeds, self.color)}
 
     def __getitem__(self, key):
@@ -649,14 +646,7 @@ class VideoClips(Dataset):
             starts = starts.expand(cfg.num_views, *starts.shape[1:])
             item = {"label": int(self.labels[index]), "index": index, "starts": starts}
             return {**item, "bad": "\n".join(bad), **self.views(frames, rng)}
-        return {"bad": "\n".join(bad)}
-
-
-def collate(items):
-    """A batch of the items; of one without clips only the reasons are left."""
-    if all("clips" in item for item in items):
-        return default_collate(items)
-    return {"bad": [item["bad"] for item in items]}
+        raise BadVideo(f"ten videos in a row cannot be read; the last: {bad[-1]}")
 
 
 def fit_to_videos(cfg, n):
@@ -680,9 +670,6 @@ class TrainSampler:
 
     def __init__(self, cfg, n, first, last):
         self.cfg, self.n, self.steps = cfg, n, range(first, last)
-
-    def __len__(self):
-        return len(self.steps)
 
     def __iter__(self):
         size = self.cfg.batch_size
@@ -1051,16 +1038,15 @@ class LARS(torch.optim.SGD):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            decay = group["decay"]
             for w in group["params"]:
-                if w.grad is not None and w.ndim > 1:
-                    w.grad = self.scaled(w, w.grad, group["decay"])
+                if w.grad is None or w.ndim == 1:
+                    continue
+                w_norm, g_norm = w.norm(), w.grad.norm()
+                scale = self.trust_coefficient * w_norm / (g_norm + decay * w_norm + 1e-8)
+                both = (w_norm > 0) & (g_norm > 0)  # on the device: an `if` would be a wait
+                w.grad = torch.where(both, scale * (w.grad + decay * w), w.grad)
         super().step()
-
-    def scaled(self, w, g, decay):
-        w_norm, g_norm = w.norm(), g.norm()
-        scale = self.trust_coefficient * w_norm / (g_norm + decay * w_norm + 1e-8)
-        both = (w_norm > 0) & (g_norm > 0)  # on the device: an `if` would wait for the GPU
-        return torch.where(both, (g + decay * w) * scale, g)
 
 
 OPTIMIZERS = ("lars", "sgd", "adamw")
@@ -1114,9 +1100,9 @@ def cut_squares(frames, side, crops):
     middle one if it is one."""
     frames = frames.permute(0, 4, 1, 2, 3)  # (N, 3, T, H, W)
     long = 3 if frames.shape[3] > frames.shape[4] else 4
-    places = np.linspace(0, 1, crops) if crops > 1 else [0.5]
     room = frames.shape[long] - side
-    return torch.cat([frames.narrow(long, round(place * room), side) for place in places])
+    places = np.linspace(0, room, crops) if crops > 1 else [room / 2]
+    return torch.cat([frames.narrow(long, round(place), side) for place in places])
 
 
 class TestClips(Dataset):
@@ -1238,8 +1224,8 @@ class Run:
         self.resume()
         self.logged = self.step
         self.knn_sets = knn_sets(dataset) if getattr(cfg, "knn_every", 0) else []
-        batch = f"{cfg.batch_size} videos x {cfg.num_views} views on {world_size()} ranks"
-        print_main(f"batch: {batch}; peak lr for it: {peak_learning_rate(cfg):g} ({cfg.lr:g} --lr)")
+        views = f"{cfg.batch_size} videos x {cfg.num_views} views"
+        print_main(f"batch: {views}; peak lr {peak_learning_rate(cfg):g}, from --lr {cfg.lr:g}")
         if self.total < 200:
             print_main(f"WARN only {self.total} steps: a network learns little; more --epochs help")
         if left := len(dataset) % cfg.batch_size:
@@ -1268,7 +1254,7 @@ class Run:
             return
         before = {s: signal.signal(s, self.ask_stop) for s in (signal.SIGTERM, signal.SIGINT)}
         sampler = TrainSampler(cfg, len(self.dataset), self.step, self.last)
-        batches = iter(_loader(cfg, self.dataset, batch_sampler=sampler, collate_fn=collate))
+        batches = iter(_loader(cfg, self.dataset, batch_sampler=sampler))
         silent = rank() > 0 or None  # None: silent unless it writes to a terminal
         self.bar = tqdm(initial=self.step, total=self.last, desc=cfg.script, disable=silent)
         self.since = self.saved = time.monotonic()
@@ -1286,23 +1272,23 @@ class Run:
             return
         print_main(f"done, {self.step} of {self.total} steps: {cfg.out}/backbone.pth")
         if cfg.num_views > 1:
-            data = f" --data {shlex.quote(cfg.data)}" if cfg.data else ""
-            command = f"python eval_linear.py --weights {shlex.quote(cfg.out)}{data}"
-            print_main(f"evaluate: {command}{' --small' if cfg.small else ''}")
+            flags = f"--weights {cfg.out} --data {cfg.data}".removesuffix(" --data ")
+            print_main(f"evaluate: python eval_linear.py {flags}{' --small' * cfg.small}")
 
     def ask_stop(self, *_):
         self.stop_asked = True
 
     def next_batch(self, batches):
         begun = time.monotonic()
-        batch = next(batches)
+        try:
+            batch = next(batches)
+        except BadVideo as error:
+            fail(str(error).splitlines()[-1])
         self.waited += time.monotonic() - begun
         for reason in "\n".join(batch.pop("bad")).splitlines():
-            if reason not in self.bad_videos:
+            if reason and reason not in self.bad_videos:
                 self.bad_videos.append(reason)
                 print(f"WARN bad video, replaced: {reason}", file=sys.stderr, flush=True)
-        if "clips" not in batch:
-            fail(f"ten videos in a row cannot be read; the first: {self.bad_videos[0]}")
         seeds = batch.pop("seeds", None)
         batch = {name: value.to(device(), non_blocking=True) for name, value in batch.items()}
         if seeds is not None:
@@ -1313,8 +1299,7 @@ class Run:
     def before_step(self):
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.cfg, self.step / self.total)
-        rng = np.random.default_rng((self.cfg.seed, self.step, rank()))
-        torch.manual_seed(int(rng.integers(2**62)))  # of dropout
+        torch.manual_seed(hash((self.cfg.seed, self.step, rank())))  # of dropout
         self.features = None
 
     def record(self, loss, features, **numbers):
@@ -1330,7 +1315,7 @@ class Run:
         self.bar.update()
         epochs, rest = divmod(self.step, self.steps_per_epoch)
         if rest == 0:
-            self.share()
+            self.share_bn()
         flags = torch.tensor([self.stop_asked, time.monotonic() - self.saved > 600]).int()
         if world_size() > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)  # on the CPU: no wait for the GPU
@@ -1345,12 +1330,12 @@ class Run:
             self.log()  # part of an interval; a resume cuts it off and writes the whole one
         return stop
 
-    def share(self):
-        """BN statistics that are saved and evaluated are rank 0's; bad videos are of all ranks."""
-        for buffer in [b for norm in _norms(self.model) for b in norm.buffers()]:
-            if world_size() > 1:
-                dist.broadcast(buffer, 0)
-        self.bad_videos = list(dict.fromkeys(itertools.chain(*gather_objects(self.bad_videos))))
+    def share_bn(self):
+        """Give all ranks the BN statistics of rank 0, which are saved and evaluated."""
+        if world_size() > 1:
+            for norm in _norms(self.model):
+                for buffer in norm.buffers():
+                    dist.broadcast(buffer, 0)
 
     def mean_losses(self):
         """(steps,) losses since the last line of the log, averaged over ranks; ends the run if one
@@ -1375,26 +1360,18 @@ class Run:
         line = {
             "step": self.step,
             "epoch": self.epoch,
-            "loss": self.mean_losses().mean(),
+            "loss": self.mean_losses().mean().item(),
             "chance": self.chance,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "feature_std": unit.std(dim=0).mean() * unit.shape[1] ** 0.5,
+            "feature_std": unit.std(dim=0).mean().item() * unit.shape[1] ** 0.5,
             "videos_per_second": (self.step - self.logged) * self.cfg.batch_size / seconds,
             "data_wait": min(1.0, self.waited / seconds),
-            "clip_distance": clip_distance(self.starts),
-            "bad_videos": len(self.bad_videos),
-            **self.numbers,
-            **more,
+            "clip_distance": clip_distance(self.starts).item(),
+            "bad_videos": len(set().union(*gather_objects(self.bad_videos))),
+            **{name: float(value) for name, value in (self.numbers | more).items()},
         }
-        for name, value in line.items():
-            if not isinstance(value, int):
-                line[name] = float(f"{float(value):.5g}")
         if rank() == 0:
-            try:
-                with open(self.log_path, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-            except OSError as error:
-                fail(f"cannot write {self.log_path}: {error.strerror}", code=1)
+            self.write_line(json.dumps(line))
         if not self.lines:
             print_main(f"chance level of the loss: {self.chance:.4f}")
             print_main("    step   epoch       loss  feature std    kNN  videos/s")
@@ -1405,27 +1382,30 @@ class Run:
         self.losses, self.waited = [], 0.0
         self.since, self.logged = time.monotonic(), self.step
 
+    def write_line(self, line):
+        try:
+            with open(self.log_path, "a") as file:
+                file.write(line + "\n")
+        except OSError as error:
+            fail(f"cannot write {self.log_path}: {error.strerror}", code=1)
+
     def warn(self, lines):
         """Say once, in words, what looks wrong in the last lines of the log."""
+        cfg, last, words = self.cfg, lines[-3:], []
         if len(lines) < 3:
             return
-        std, wait, distance = (
-            [line[name] for line in lines[-3:]]
-            for name in ("feature_std", "data_wait", "clip_distance")
-        )
-        words = []
-        if self.cfg.num_views > 1 and self.step > self.cfg.warmup * self.total:  # alike when young
-            if max(std) < 0.2:
+        if cfg.num_views > 1 and self.step > cfg.warmup * self.total:  # features are alike before
+            if max(line["feature_std"] for line in last) < 0.2:
                 words.append("collapsed: all videos get the same features")
             if len(lines) == 15 and min(line["loss"] for line in lines) > 0.98 * self.chance:
                 words.append("the loss stays at chance")
-        if min(wait) > 0.3:
+        if min(line["data_wait"] for line in last) > 0.3:
             words.append("waiting for data: more --workers or smaller videos help")
-        if self.cfg.rho > 1 and max(distance) == 0:
+        if cfg.rho > 1 and max(line["clip_distance"] for line in last) == 0:
             words.append("the clips of a video start at the same time: a smaller --stride helps")
         for what in set(words) - self.warned:
-            self.warned.add(what)
             print_main(f"WARN {what} (README: is my loss normal?)")
+        self.warned |= set(words)
 
     def measure_knn(self):
         """kNN accuracy of the backbone, in percent."""
@@ -1438,7 +1418,7 @@ class Run:
             sides += [features.mean(1), labels]  # (n, D): the mean over views
         network.train(self.model.training)
         self.since += time.monotonic() - begun  # this is not the speed of training
-        return knn_accuracy(*sides)
+        return round(knn_accuracy(*sides), 2)
 
     def settings(self):
         """What must be the same when a run goes on: {name: value}."""
@@ -1521,9 +1501,9 @@ class Run:
 
 def clip_distance(starts):
     """Mean seconds between the starts of two clips of a video; starts (B, V) or (B, V, T)."""
-    first = starts.flatten(2)[:, :, :1] if starts.ndim > 2 else starts[:, :, None]  # (B, V, 1)
-    pairs = first.shape[1] * (first.shape[1] - 1)
-    return torch.cdist(first, first, p=1).sum() / len(first) / max(1, pairs)
+    starts = starts.reshape(*starts.shape[:2], -1)[:, :, :1]  # (B, V, 1)
+    B, V, _ = starts.shape
+    return torch.cdist(starts, starts, p=1).sum() / B / max(1, V * (V - 1))
 
 
 def all_finite(content):

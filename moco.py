@@ -9,7 +9,6 @@ Loss     -log(e^s_ij / (e^s_ij + sum over the queue of e^s_in)), the mean over v
          pairs of views i != j; s = cos(q_i, k_j) / temperature; k by the target.
 rho      rho clips of a video are decoded; each goes through both networks; rho (rho - 1) ordered
          positive pairs; rho keys per video enter the queue. rho = 1: one clip is augmented twice.
-         backward() runs on V x loss, the sum over query clips, as in the released code.
 Recipe   torchrun --nproc_per_node=8 moco.py --data kinetics/train
          The released configuration. K400 linear, released model: 66.6 at rho 2, 71.0 at rho 4;
          paper: 65.8 and 67.8.
@@ -40,9 +39,7 @@ class Config(common.Config):
     short_side: tuple[int, int] = arg((256, 256), "range of the resized short side, in pixels")
     size: int = arg(224, "crop size in pixels")
     augment: str = arg("crop,flip,jitter,gray,blur", "also rotate,cutout,noise,sobel or none")
-    crop_area: tuple[float, float] = arg(
-        (0.2, 0.766), "min and max crop area, fraction of the frame"
-    )
+    crop_area: tuple[float, float] = arg((0.2, 0.766), "min and max crop area, as a fraction")
     color_strength: float = arg(0.75, "strength of the color jitter")
     epochs: int = arg(200, "passes over the videos")
     batch_size: int = arg(64, "global batch size, in videos")
@@ -61,14 +58,8 @@ class Config(common.Config):
 
 
 # what learns in 400 steps on a CPU; --small takes it for your own videos
-DEMO = common.DEMO | dict(
-    lr=4.8e-3,
-    projector=(256, 64),
-    projector_bn=True,
-    temperature=0.2,
-    target_momentum=0.95,
-    queue=240,
-)
+DEMO = common.DEMO | dict(lr=4.8e-3, projector=(256, 64), projector_bn=True)
+DEMO |= dict(temperature=0.2, target_momentum=0.95, queue=240)
 
 
 # --- method
@@ -76,8 +67,7 @@ DEMO = common.DEMO | dict(
 
 def sample_clips(duration, clip_seconds, rho, timespan, rng):
     """Start times (seconds) of rho clips: i.i.d. uniform, within `timespan` of each other."""
-    first = 0.0
-    last = max(0.0, duration - clip_seconds)
+    first, last = 0.0, max(0.0, duration - clip_seconds)
     if timespan < last:
         first = rng.uniform(0.0, last - timespan)
         last = first + timespan
@@ -151,7 +141,7 @@ def enqueue(model, keys):
     """Replace the oldest keys of the queue by keys (W * B, V, D) of all ranks, video by video."""
     keys = keys.flatten(0, 1)
     K = len(model.queue)
-    places = (model.enqueued + torch.arange(len(keys), device=keys.device)) % max(1, K)
+    places = (model.enqueued + torch.arange(len(keys), device=keys.device)) % K
     model.queue[places[-K:]] = keys[-K:]
     model.enqueued += len(keys)
 
@@ -161,6 +151,8 @@ def enqueue(model, keys):
 
 def main(argv=None):
     cfg = common.parse_args(Config, DEMO, argv)
+    if cfg.queue < 1:
+        common.fail("--queue must be 1 or more")
     common.init_distributed(cfg)
     dataset = common.VideoClips(cfg, sample_clips)
     model = MoCo(cfg).to(common.device())
@@ -181,7 +173,7 @@ def main(argv=None):
         m = target_momentum(cfg.target_momentum, cfg.target_momentum_end, run.progress)
         update_target(model.target, model.encoder, m)
         enqueue(model, common.gather(F.normalize(k, dim=-1)))
-        run.record(loss, features=q, target_momentum=m, queue_filled=filled / max(1, cfg.queue))
+        run.record(loss, features=q, target_momentum=m, queue_filled=filled / cfg.queue)
 
 
 if __name__ == "__main__":

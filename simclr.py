@@ -37,9 +37,7 @@ class Config(common.Config):
     short_side: tuple[int, int] = arg((224, 224), "range of the resized short side, in pixels")
     size: int = arg(224, "crop size in pixels")
     augment: str = arg("crop,flip,jitter,gray,blur", "also rotate,cutout,noise,sobel or none")
-    crop_area: tuple[float, float] = arg(
-        (0.2, 0.766), "min and max crop area, fraction of the frame"
-    )
+    crop_area: tuple[float, float] = arg((0.2, 0.766), "min and max crop area, as a fraction")
     color_strength: float = arg(0.75, "strength of the color jitter")
     epochs: int = arg(200, "passes over the videos")
     batch_size: int = arg(64, "global batch size, in videos")
@@ -55,7 +53,8 @@ class Config(common.Config):
 
 
 # what learns in 400 steps on a CPU; --small takes it for your own videos
-DEMO = common.DEMO | dict(lr=4.8e-3, projector=(256, 64), temperature=0.2)
+DEMO = common.DEMO | dict(lr=4.8e-3, projector=(256, 64), projector_bn=True)
+DEMO |= dict(temperature=0.2)
 
 
 # --- method
@@ -63,8 +62,7 @@ DEMO = common.DEMO | dict(lr=4.8e-3, projector=(256, 64), temperature=0.2)
 
 def sample_clips(duration, clip_seconds, rho, timespan, rng):
     """Start times (seconds) of rho clips: i.i.d. uniform, within `timespan` of each other."""
-    first = 0.0
-    last = max(0.0, duration - clip_seconds)
+    first, last = 0.0, max(0.0, duration - clip_seconds)
     if timespan < last:
         first = rng.uniform(0.0, last - timespan)
         last = first + timespan

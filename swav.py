@@ -38,9 +38,7 @@ class Config(common.Config):
     short_side: tuple[int, int] = arg((224, 224), "range of the resized short side, in pixels")
     size: int = arg(224, "crop size in pixels")
     augment: str = arg("crop,flip,jitter,gray,blur", "also rotate,cutout,noise,sobel or none")
-    crop_area: tuple[float, float] = arg(
-        (0.2, 0.766), "min and max crop area, fraction of the frame"
-    )
+    crop_area: tuple[float, float] = arg((0.2, 0.766), "min and max crop area, as a fraction")
     color_strength: float = arg(0.75, "strength of the color jitter")
     epochs: int = arg(200, "passes over the videos")
     batch_size: int = arg(64, "global batch size, in videos")
@@ -57,10 +55,13 @@ class Config(common.Config):
     freeze_prototypes: float = arg(1.0, "freeze the prototypes for the first N epochs")
     epsilon: float = arg(0.05, "Sinkhorn regularisation; smaller: nearer to one prototype a clip")
     sinkhorn_iterations: int = arg(3, "Sinkhorn iterations (0: codes are not balanced)")
+    feature_queue: int = arg(0, "features per view, of earlier steps, that codes are balanced over")
+    queue_from: float = arg(15.0, "use the feature queue from this epoch on, once it is full")
 
 
 # what learns in 400 steps on a CPU; --small takes it for your own videos
-DEMO = common.DEMO | dict(lr=4.8e-3, projector=(256, 64), prototypes=300)
+DEMO = common.DEMO | dict(lr=4.8e-3, projector=(256, 64), projector_bn=True)
+DEMO |= dict(prototypes=300)
 
 
 # --- method
@@ -68,8 +69,7 @@ DEMO = common.DEMO | dict(lr=4.8e-3, projector=(256, 64), prototypes=300)
 
 def sample_clips(duration, clip_seconds, rho, timespan, rng):
     """Start times (seconds) of rho clips: i.i.d. uniform, within `timespan` of each other."""
-    first = 0.0
-    last = max(0.0, duration - clip_seconds)
+    first, last = 0.0, max(0.0, duration - clip_seconds)
     if timespan < last:
         first = rng.uniform(0.0, last - timespan)
         last = first + timespan
@@ -108,6 +108,10 @@ class SwAV(nn.Module):
         self.encoder = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
         self.prototypes = nn.Linear(cfg.projector[-1], cfg.prototypes, bias=False)
         normalize_prototypes(self.prototypes)
+        self.register_buffer(
+            "queue", torch.zeros(cfg.num_views, cfg.feature_queue, cfg.projector[-1])
+        )
+        self.enqueued = 0  # features per view so far; a Python int, to avoid a GPU sync
         self.low_memory = cfg.low_memory
 
     def forward(self, clips):
@@ -117,6 +121,12 @@ class SwAV(nn.Module):
         with torch.autocast(z.device.type, enabled=False):  # bfloat16 / epsilon is too coarse
             return z, self.prototypes(z)
 
+    def get_extra_state(self):  # for the checkpoint
+        return torch.tensor(self.enqueued)
+
+    def set_extra_state(self, state):
+        self.enqueued = int(state)
+
 
 @torch.no_grad()
 def normalize_prototypes(prototypes):
@@ -125,11 +135,25 @@ def normalize_prototypes(prototypes):
 
 
 @torch.no_grad()
-def assign(scores, epsilon, iterations):
-    """Codes (B, V, K) of this rank's scores (B, V, K), balanced over view i of all ranks."""
+def assign(scores, epsilon, iterations, queue_scores=None):
+    """Codes (B, V, K) of this rank's scores (B, V, K), balanced over view i of all ranks and, if
+    given, over the scores of earlier features, (V, N, K) (SwAV, section 3.1)."""
     joint = common.gather(scores)  # (W * B, V, K)
-    codes = [sinkhorn(view, epsilon, iterations) for view in joint.unbind(1)]
+    codes = []
+    for i, view in enumerate(joint.unbind(1)):
+        if queue_scores is not None:
+            view = torch.cat([view, queue_scores[i]])  # (W * B + N, K)
+        codes.append(sinkhorn(view, epsilon, iterations)[: len(joint)])
     return common.local_part(torch.stack(codes, dim=1))
+
+
+@torch.no_grad()
+def enqueue(model, z):
+    """Replace the oldest features of each view's queue by z (W * B, V, D) of all ranks."""
+    N = model.queue.shape[1]
+    places = (model.enqueued + torch.arange(len(z), device=z.device)) % N
+    model.queue[:, places[-N:]] = z[-N:].transpose(0, 1)
+    model.enqueued += len(z)
 
 
 # --- training
@@ -137,6 +161,8 @@ def assign(scores, epsilon, iterations):
 
 def main(argv=None):
     cfg = common.parse_args(Config, DEMO, argv)
+    if cfg.prototypes < 2:
+        common.fail("--prototypes must be 2 or more")
     common.init_distributed(cfg)
     dataset = common.VideoClips(cfg, sample_clips)
     model = SwAV(cfg).to(common.device())
@@ -150,7 +176,10 @@ def main(argv=None):
     for batch in run.batches():
         with common.autocast():
             z, scores = network(batch["clips"])  # (B, V, D), (B, V, K), float32
-        codes = assign(scores, cfg.epsilon, cfg.sinkhorn_iterations)  # (B, V, K)
+        queue_scores = None
+        if 0 < cfg.feature_queue <= model.enqueued and run.epoch >= cfg.queue_from:
+            queue_scores = model.prototypes(model.queue)  # (V, N, K)
+        codes = assign(scores, cfg.epsilon, cfg.sinkhorn_iterations, queue_scores)  # (B, V, K)
         loss = swapped_prediction(scores, codes, cfg.temperature)
         optimizer.zero_grad()
         loss.backward()
@@ -158,6 +187,8 @@ def main(argv=None):
             model.prototypes.weight.grad = None
         optimizer.step()
         normalize_prototypes(model.prototypes)
+        if cfg.feature_queue:
+            enqueue(model, common.gather(z.detach()))
         run.record(loss, features=z)
 
 
