@@ -723,6 +723,8 @@ def train_transform(cfg):
         choices = ", ".join(["crop", *table, "none"])
         fail(f"--augment: unknown augmentation {min(unknown)}; choose from {choices}")
     area = getattr(cfg, "crop_area", (0, 0))
+    if len(area) != 2 or not 0 <= area[0] <= area[1] <= 1:
+        fail(f"--crop-area {area}: two shares of the frame, the smaller one first")
     crop = v2.Compose([v2.Resize(cfg.size), v2.CenterCrop(cfg.size)])
     if "crop" in names and any(area):
         crop = v2.RandomResizedCrop(cfg.size, scale=area, ratio=(3 / 4, 4 / 3))
@@ -1436,6 +1438,7 @@ class Run:
         if self.losses:
             self.losses = list(self.mean_losses())
         self.saved = time.monotonic()
+        self.bad_videos = sorted(set().union(*gather_objects(self.bad_videos)))
         if rank() > 0:
             return
         network, config = self.model.encoder.backbone, self.settings()
