@@ -1254,7 +1254,8 @@ class Run:
             return
         before = {s: signal.signal(s, self.ask_stop) for s in (signal.SIGTERM, signal.SIGINT)}
         sampler = TrainSampler(cfg, len(self.dataset), self.step, self.last)
-        batches = iter(_loader(cfg, self.dataset, batch_sampler=sampler))
+        collate = getattr(self.dataset, "collate", None)  # None: torch's default
+        batches = iter(_loader(cfg, self.dataset, batch_sampler=sampler, collate_fn=collate))
         silent = rank() > 0 or None  # None: silent unless it writes to a terminal
         self.bar = tqdm(initial=self.step, total=self.last, desc=cfg.script, disable=silent)
         self.since = self.saved = time.monotonic()
