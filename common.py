@@ -572,7 +572,7 @@ class VideoClips(Dataset):
     the times of all frames, (rho, T), in seconds. transform: the whole augmentation of a clip,
     (T, 3, H, W) uint8 -> (T, 3, h, w) float32, instead of cfg.augment. videos: (paths, labels).
 
-    Override open() to read anything else than video files, views() to make other tensors.
+    Override open() to read anything else than video files, views() or item() to make other tensors.
     """
 
     def __init__(self, cfg, sample_clips, transform=None, videos=None):
@@ -626,26 +626,30 @@ class VideoClips(Dataset):
             return {"clips": clips, "seeds": seeds}  # Run does the rest, on the GPU
         return {"clips": augment(clips, seeds, self.color)}
 
+    def item(self, index, rng):
+        """The dict of one video, as the random numbers of rng say; BadVideo if unreadable."""
+        cfg = self.cfg
+        short_side = int(rng.integers(*cfg.short_side, endpoint=True))
+        with contextlib.closing(self.open(index, short_side)) as reader:
+            settings = reader.duration, cfg.clip_seconds, cfg.rho, cfg.timespan
+            starts = np.asarray(self.sample_clips(*settings, rng), float)
+            frames = _read(reader, starts, cfg.frames, cfg.stride)
+        starts = torch.from_numpy(starts)  # (rho,) or (rho, T)
+        starts = starts.expand(cfg.num_views, *starts.shape[1:])
+        item = {"label": int(self.labels[index]), "index": index, "starts": starts}
+        return {**item, **self.views(frames, rng)}
+
     def __getitem__(self, key):
-        cfg, (epoch, asked) = self.cfg, key
+        epoch, asked = key
         index, bad = asked, []
         for attempt in range(10):
-            rng = np.random.default_rng((cfg.seed, epoch, asked, attempt))
+            rng = np.random.default_rng((self.cfg.seed, epoch, asked, attempt))
             if attempt > 0:
                 index = int(rng.integers(len(self)))
-            short_side = int(rng.integers(*cfg.short_side, endpoint=True))
             try:
-                with contextlib.closing(self.open(index, short_side)) as reader:
-                    settings = reader.duration, cfg.clip_seconds, cfg.rho, cfg.timespan
-                    starts = np.asarray(self.sample_clips(*settings, rng), float)
-                    frames = _read(reader, starts, cfg.frames, cfg.stride)
+                return {**self.item(index, rng), "bad": "\n".join(bad)}
             except BadVideo as error:
                 bad.append(str(error))
-                continue
-            starts = torch.from_numpy(starts)  # (rho,) or (rho, T)
-            starts = starts.expand(cfg.num_views, *starts.shape[1:])
-            item = {"label": int(self.labels[index]), "index": index, "starts": starts}
-            return {**item, "bad": "\n".join(bad), **self.views(frames, rng)}
         raise BadVideo(f"ten videos in a row cannot be read; the last: {bad[-1]}")
 
 
