@@ -1145,9 +1145,10 @@ class TestClips(Dataset):
 def extract_features(network, test_clips, allow_missing=False):
     """Run a network, in the mode that it is in, on the test views of each video.
 
-    network: (views, 3, T, S, S) float32 -> a tensor of any one shape. Each video is read once, on
-    one rank. Returns on every rank outputs (n, ...) float32 on the CPU and indices (n,) of the
-    videos that can be read. Another one ends the process, unless allow_missing leaves it out."""
+    network: (views, 3, T, S, S) float32 -> a tensor of any one shape; the tensors item["more"] of
+    a data set of one's own are further arguments. Each video is read once, on one rank. Returns on
+    every rank outputs (n, ...) float32 on the CPU and indices (n,) of the videos that can be read.
+    Another one ends the process, unless allow_missing leaves it out."""
     mine = Subset(test_clips, range(rank(), len(test_clips), world_size()))
     outputs = {}
     loader = _loader(test_clips.dataset.cfg, mine, batch_size=None)
@@ -1158,8 +1159,9 @@ def extract_features(network, test_clips, allow_missing=False):
             print(f"WARN left out: {item['bad']}", flush=True)
             continue
         clips = normalize(item["clips"].to(device()) / 255)
+        more = [tensor.to(device()) for tensor in item.get("more", ())]
         with torch.no_grad(), autocast():
-            output = network(clips.contiguous(memory_format=torch.channels_last_3d))
+            output = network(clips.contiguous(memory_format=torch.channels_last_3d), *more)
         outputs[item["index"]] = output.float().cpu()
     outputs = {i: output for part in gather_objects(outputs) for i, output in part.items()}
     indices = sorted(outputs)
