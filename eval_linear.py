@@ -39,20 +39,17 @@ from common import arg
 
 
 @dataclass
-class Config(common.Config):
+class Evaluation(common.Config):
+    """The flags that eval_linear.py and finetune.py share."""
+
     rho = 1
     timespan = None
     num_views = 1
     short_side = (math.inf, math.inf)  # fill_settings derives it from the size
-    sync_bn = False
 
-    weights: str = arg("", "pre-trained backbone, a run's folder, or `random` (required)")
+    weights: str = arg("", "pre-trained backbone or a run's folder")
     val: str = arg("", "folder or list of the test videos; else found in or beside --data")
-    extract: str = arg("", "NPZ file: write features, labels and paths of --data there, and stop")
-    neighbours: str = arg("", "PNG file: a picture of six test videos and the nearest in training")
     allow_missing: bool = arg(False, "leave out videos that cannot be read, and count them")
-    cached: bool = arg(False, "train and test the classifier on features that are extracted once")
-    cached_clips: int = arg(4, "clips per video, one crop each, for kNN and --cached")
     backbone: str = arg("slow_r50", "the network; else as trained", choices=common.BACKBONES)
     frames: int = arg(8, "frames per clip; else as trained")
     stride: int = arg(8, "temporal stride, in frames at 30 fps; else as trained")
@@ -60,11 +57,22 @@ class Config(common.Config):
     test_size: int = arg(0, "crop size in testing, in pixels (0: 256/224 of --size)")
     test_clips: int = arg(10, "clips per test video, evenly over its length")
     test_crops: int = arg(3, "crops per test clip, evenly along its long side")
+    batch_size: int = arg(64, "global batch size, in videos")
+    optimizer: str = arg("sgd", "the optimizer", choices=common.OPTIMIZERS)
+
+
+@dataclass
+class Config(Evaluation):
+    sync_bn = False
+
+    weights: str = arg("", "pre-trained backbone, a run's folder, or `random` (required)")
+    extract: str = arg("", "NPZ file: write features, labels and paths of --data there, and stop")
+    neighbours: str = arg("", "PNG file: a picture of six test videos and the nearest in training")
+    cached: bool = arg(False, "train and test the classifier on features that are extracted once")
+    cached_clips: int = arg(4, "clips per video, one crop each, for kNN and --cached")
     augment: str = arg("crop,flip", "in training without --cached; none: the middle")
     adapt_bn: bool = arg(False, "BN in training mode without --cached, as in the released code")
     epochs: int = arg(60, "passes over the videos")
-    batch_size: int = arg(64, "global batch size, in videos")
-    optimizer: str = arg("sgd", "the optimizer", choices=common.OPTIMIZERS)
     lr: float = arg(0.5, "peak learning rate per 64 videos, scaled with the videos of a step")
     warmup: float = arg(8 / 60, "linear warm-up, as a share of the run")
     weight_decay: float = arg(0.0, "weight decay")
