@@ -25,8 +25,8 @@ import torchvision
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-import common
-from table import METHODS, RESULTS, cells, log
+import common  # noqa: E402
+from table import METHODS, RESULTS, cells, log  # noqa: E402
 
 # Okabe and Ito's colors, which colour-blind people can tell apart; markers for black and white
 STYLES = {
