@@ -212,10 +212,12 @@ def read_people(text, least=0.0):
     is the score, at least so much (released ava_helper.py, line 63), the action empty or -1."""
     frames = {}
     for film, second, *rest in csv.reader(text.splitlines()):
-        if not rest or (least and float(rest[-1]) < least):  # nobody is there
+        if not rest:  # nobody is there
             continue
         *box, action, person = rest
         x1, y1, x2, y2 = map(float, box)
+        if least and float(person) < least:
+            continue
         if not (-0.1 < x1 < x2 < 1.1 and -0.1 < y1 < y2 < 1.1):
             raise ValueError(f"a box of {film} is none in shares of width and height: {box}")
         people = frames.setdefault((film, int(float(second))), {})
