@@ -57,6 +57,8 @@ def arg(default, help, choices=None):
         options |= {"type": type(default[0]), "nargs": "+"}
     else:
         options |= {"type": type(default), "choices": choices}
+        if choices:
+            options["metavar"] = None  # --help lists them
     return dataclasses.field(default=default, metadata=options)
 
 
@@ -725,6 +727,8 @@ def train_transform(cfg):
         choices = ", ".join(["crop", *table, "none"])
         fail(f"--augment: unknown augmentation {min(unknown)}; choose from {choices}")
     area = getattr(cfg, "crop_area", (0, 0))
+    if len(area) != 2 or not 0 <= area[0] <= area[1] <= 1:
+        fail(f"--crop-area {area}: two shares of the frame, the smaller one first")
     crop = v2.Compose([v2.Resize(cfg.size), v2.CenterCrop(cfg.size)])
     if "crop" in names and any(area):
         crop = v2.RandomResizedCrop(cfg.size, scale=area, ratio=(3 / 4, 4 / 3))
@@ -1185,15 +1189,15 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
 
 
 def knn_sets(dataset):
-    """[queries, bank] for kNN while training: every fifth training video with a label, and the
-    others; at most 1000 and 4000 of them, 2 clips of each."""
+    """[bank, queries] for kNN while training: every fifth training video with a label is a query,
+    the others are the bank; at most 4000 and 1000 of them, 2 clips of each."""
     labelled = np.flatnonzero(dataset.labels >= 0)[:5000]
     if len(labelled) < 2:
         print_main("WARN no labels (class folders, or lists with labels): no kNN accuracy")
         return []
     queries = labelled[::5]
     bank = np.setdiff1d(labelled, queries)
-    return [TestClips(dataset, 2, indices=part) for part in (queries, bank)]
+    return [TestClips(dataset, 2, indices=part) for part in (bank, queries)]
 
 
 # --- the run
@@ -1441,6 +1445,7 @@ class Run:
         if self.losses:
             self.losses = list(self.mean_losses())
         self.saved = time.monotonic()
+        self.bad_videos = sorted(set().union(*gather_objects(self.bad_videos)))
         if rank() > 0:
             return
         network, config = self.model.encoder.backbone, self.settings()

@@ -13,6 +13,7 @@ Recipe   python eval_linear.py --weights out/byol-demo-rho2
          torchrun --nproc_per_node=8 eval_linear.py --weights backbone.pth --data kinetics
 """
 
+import contextlib
 import copy
 import functools
 import json
@@ -28,9 +29,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw
 from torch import nn
+from torchvision.transforms.v2.functional import to_pil_image
 
 import common
 from common import arg
@@ -87,41 +88,32 @@ DEMO = dict(backbone="tiny", frames=8, stride=4, size=32, cached=True)
 def fill_settings(cfg):
     """Take what the flags do not say from the settings in the file of --weights, and derive
     short_side, test_size and out. A run's folder becomes its backbone.pth."""
+    name = cfg.weights or "scratch"
     if cfg.weights not in ("", "random"):
-        if Path(cfg.weights).is_dir():
-            cfg.weights = os.path.join(cfg.weights, "backbone.pth")
-        for name, value in saved_settings(cfg.weights).items():
-            if name in ("backbone", "frames", "stride", "size") and name not in cfg.given:
-                setattr(cfg, name, value)
+        path = Path(cfg.weights)
+        if path.is_dir():
+            path = path / "backbone.pth"
+        name = path.stem
+        if name in ("backbone", "last"):
+            name = path.absolute().parent.name
+        cfg.weights = str(path)
+        try:
+            content = common.read_file(path)
+        except ValueError as error:
+            common.fail(error)
+        saved = {}
+        if isinstance(content, dict):
+            saved = content.get("config") or content.get("cfg")  # of backbone.pth, of last.pth
+        if isinstance(saved, dict):
+            for setting in {"backbone", "frames", "stride", "size"} & saved.keys() - cfg.given:
+                setattr(cfg, setting, saved[setting])
         if cfg.backbone not in common.BACKBONES:
-            common.fail(f"{cfg.weights} is of a backbone that is not in common.py: {cfg.backbone}")
+            common.fail(f"{path} is of a backbone that is not in common.py: {cfg.backbone}")
     cfg.short_side = tuple(round(cfg.size * side / 224) for side in (256, 320))
     cfg.test_size = cfg.test_size or common.test_size(cfg.size)
     if "out" not in cfg.given:
-        data = [common.data_name(cfg)] if cfg.data else []
-        cfg.out = "out/" + "-".join([cfg.script, *data, weights_name(cfg)])
-
-
-def saved_settings(path):
-    """The settings in a file of weights, {} if it has none; ends the process if unreadable."""
-    try:
-        content = common.read_file(path)
-    except ValueError as error:
-        common.fail(error)
-    for key in ("config", "cfg"):  # of our backbone.pth, last.pth
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            return content[key]
-    return {}
-
-
-def weights_name(cfg):
-    """A short name of --weights, for folders: a run's is that of its folder."""
-    if cfg.weights in ("", "random"):
-        return cfg.weights or "scratch"
-    path = Path(cfg.weights).resolve()
-    if path.name in ("backbone.pth", "last.pth"):
-        return path.parent.name
-    return path.stem
+        data = f"{common.data_name(cfg)}-" if cfg.data else ""
+        cfg.out = f"out/{cfg.script}-{data}{name}"
 
 
 def load(network, cfg):
@@ -140,10 +132,7 @@ PREFIXES = ("", "backbone.", "encoder.backbone.", "features.", "module.")  # in 
 PYTORCHVIDEO = {  # its names -> the released code's
     r"^blocks\.0\.conv\.": "s1.pathway0_stem.conv.",
     r"^blocks\.0\.norm\.": "s1.pathway0_stem.bn.",
-    r"^blocks\.1\.res_blocks\.": "s2.pathway0_res",
-    r"^blocks\.2\.res_blocks\.": "s3.pathway0_res",
-    r"^blocks\.3\.res_blocks\.": "s4.pathway0_res",
-    r"^blocks\.4\.res_blocks\.": "s5.pathway0_res",
+    r"^blocks\.(\d)\.res_blocks\.": lambda match: f"s{int(match[1]) + 1}.pathway0_res",
     r"(branch.)_conv\.": r"\1.",
     r"(branch.)_norm\.": r"\1_bn.",
     r"conv_([abc])\.": r"\1.",
@@ -157,11 +146,20 @@ def load_weights(network, path):
 
     Returns the number of tensors, which is all of the backbone's; raises ValueError, one line, if
     one is missing, of another shape, or not finite."""
-    content = state_dict(path)
+    content = common.read_file(path)
+    for key in ("model_state", "state_dict", "model"):
+        if isinstance(content, dict) and key in content:
+            content = content[key]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no state dict")
+    state = {k: v for k, v in content.items() if isinstance(k, str) and torch.is_tensor(v)}
+    if any("res_blocks" in name for name in state):
+        for pattern, name in PYTORCHVIDEO.items():
+            state = {re.sub(pattern, name, key): tensor for key, tensor in state.items()}
     wanted = network.state_dict()
     found = {}
     for prefix in PREFIXES:
-        here = {name: content[prefix + name] for name in wanted if prefix + name in content}
+        here = {name: state[prefix + name] for name in wanted if prefix + name in state}
         found = max(found, here, key=len)
     part = f"{path} has {len(found)} of the backbone's {len(wanted)} tensors"
     for name, tensor in wanted.items():
@@ -173,25 +171,6 @@ def load_weights(network, path):
             raise ValueError(f"{path}: {name} is not finite")
     network.load_state_dict(found)
     return len(found)
-
-
-def state_dict(path):
-    """The tensors in a file of weights, {name: tensor}, in the released code's names."""
-    content = common.read_file(path)
-    for key in ("model_state", "state_dict", "model"):
-        if isinstance(content, dict) and key in content:
-            content = content[key]
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no state dict")
-    tensors = {}
-    for name, tensor in content.items():
-        if isinstance(name, str) and torch.is_tensor(tensor):
-            tensors[name] = tensor
-    if not any("res_blocks" in name for name in tensors):
-        return tensors
-    for pattern, name in PYTORCHVIDEO.items():
-        tensors = {re.sub(pattern, name, key): tensor for key, tensor in tensors.items()}
-    return tensors
 
 
 # --- test videos and results
@@ -239,18 +218,13 @@ def labelled_outputs(network, test_clips, allow_missing):
 def accuracies(scores, labels, classes):
     """Accuracies in percent of scores (n, classes), given labels (n,) and the classes' names:
     {"top1", "top5", "per_class": {name: top 1} of the classes that occur}."""
-    hits = scores.argmax(-1) == labels  # (n,)
-    five = scores.topk(min(5, len(classes))).indices  # (n, 5)
-    result = {"top1": percent(hits), "top5": percent((five == labels[:, None]).any(-1))}
-    result["per_class"] = {}
-    for number, name in enumerate(classes):
-        if (labels == number).any():
-            result["per_class"][name] = percent(hits[labels == number])
+    top = scores.topk(min(5, len(classes))).indices  # (n, 5)
+    hits = 100.0 * (top == labels[:, None])  # (n, 5)
+    result = {"top1": round(hits[:, 0].mean().item(), 2)}
+    result["top5"] = round(hits.sum(1).mean().item(), 2)
+    each = {name: hits[labels == number, 0] for number, name in enumerate(classes)}
+    result["per_class"] = {k: round(part.mean().item(), 2) for k, part in each.items() if len(part)}
     return result
-
-
-def percent(hits):
-    return round(100 * hits.double().mean().item(), 2)
 
 
 def write_result(cfg, result, summary):
@@ -261,57 +235,39 @@ def write_result(cfg, result, summary):
     text = json.dumps(result, indent=1) + "\n"
     path = f"{cfg.out}/result.json"
     common.write_file(path, lambda file: file.write(text.encode()))
-    common.print_main(summary)
-    common.print_main(path)
+    common.print_main(f"{summary}\n{path}")
 
 
-def write_features(cfg, dataset):
-    """Write an NPZ of features (n, D), averaged over the views, labels (n,) and paths (n,), in the
-    order of the list."""
-    backbone = common.backbone(cfg.backbone).to(common.device()).eval()
-    load(backbone, cfg)
-    clips = common.TestClips(dataset, cfg.cached_clips, size=cfg.test_size)
-    features, indices = common.extract_features(backbone, clips, cfg.allow_missing)
-    rows = {"features": features.mean(1).numpy(), "labels": dataset.labels[indices]}
-    rows["paths"] = np.array([dataset.path(index) for index in indices])
-    common.write_file(cfg.extract, functools.partial(np.savez, **rows))
-    words = f"features of {len(indices)} of {len(dataset)} videos"
-    common.print_main(f"{cfg.extract}: {words}")
+def write_features(path, videos, features, indices):
+    """NPZ of features (n, D), labels (n,) and paths (n,) of videos, in the order of their list."""
+    rows = {"features": features.numpy(), "labels": videos.labels[indices]}
+    rows["paths"] = np.array([videos.path(index) for index in indices])
+    common.write_file(path, functools.partial(np.savez, **rows))
+    common.print_main(f"{path}: features of {len(indices)} of {len(videos)} videos")
 
 
-NEIGHBOURS = 5  # in the picture
-
-
-def write_neighbours(cfg, bank, queries):
-    """Write a picture: in each row a test video of another class, then the nearest training videos
-    by cosine of their features. bank, queries: (data set, its features (n, D), indices (n,))."""
-    dataset, features, indices = bank
-    test, test_features, test_indices = queries
-    similarity = F.normalize(test_features, dim=-1) @ F.normalize(features, dim=-1).T  # (m, n)
-    nearest = similarity.topk(min(NEIGHBOURS, len(indices))).indices  # (m, 5)
-    _, first = np.unique(test.labels[test_indices], return_index=True)  # of each class
-    tiles = []
-    for row in first[:6]:
-        tiles.append(tile(test, test_indices[row]))
-        tiles += [tile(dataset, index) for index in indices[nearest[row]]]
-    grid = torchvision.utils.make_grid(torch.stack(tiles), nrow=1 + nearest.shape[1])  # (3, H, W)
-    picture = Image.fromarray(grid.permute(1, 2, 0).numpy())
-    common.write_file(cfg.neighbours, functools.partial(picture.save, format="PNG"))
-    common.print_main(f"{cfg.neighbours}: test videos and their nearest training videos")
-
-
-def tile(dataset, index, side=160):
-    """The middle frame of a video, its class and its file's name below: (3, side + 28, side)."""
-    reader = dataset.open(index, side)
-    frames = torch.from_numpy(reader.read([reader.duration / 2]))[None]  # (1, 1, H, W, 3)
-    reader.close()
-    square = common.cut_squares(frames, side, 1)[0, :, 0]  # (3, side, side)
-    picture = Image.new("RGB", (side, side + 28))
-    picture.paste(Image.fromarray(square.permute(1, 2, 0).numpy()))
-    names = dataset.classes[dataset.labels[index]], os.path.basename(dataset.path(index))
-    text = "\n".join(name[-26:].encode("ascii", "replace").decode() for name in names)
-    ImageDraw.Draw(picture).text((2, side), text, font_size=11)
-    return torchvision.transforms.v2.functional.pil_to_tensor(picture)
+def write_neighbours(path, bank, queries, side=160):
+    """Picture of test videos, a row for each of six classes, and the five training videos nearest
+    by cosine. bank, queries: (videos, features (n, D), indices (n,)) of training, of testing."""
+    videos, features, indices = bank
+    tests, test_features, test_indices = queries
+    picture = Image.new("RGB", (6 * side, 6 * (side + 28)))
+    _, first = np.unique(tests.labels[test_indices], return_index=True)  # of each class
+    for row, query in enumerate(first[:6]):
+        cosine = F.cosine_similarity(test_features[query], features, dim=-1)  # (n,)
+        nearest = indices[cosine.topk(min(5, len(indices))).indices].tolist()
+        shown = [(tests, int(test_indices[query]))] + [(videos, index) for index in nearest]
+        for column, (source, index) in enumerate(shown):
+            with contextlib.closing(source.open(index, side)) as reader:
+                frames = torch.from_numpy(reader.read([reader.duration / 2]))  # (1, H, W, 3)
+            square = common.cut_squares(frames[None], side, 1)[0, :, 0]  # (3, side, side)
+            x, y = column * side, row * (side + 28)
+            picture.paste(to_pil_image(square), (x, y))
+            names = source.classes[source.labels[index]], os.path.basename(source.path(index))
+            text = "\n".join(name[-26:].encode("ascii", "replace").decode() for name in names)
+            ImageDraw.Draw(picture).text((x + 2, y + side), text, font_size=11)
+    common.write_file(path, functools.partial(picture.save, format="PNG"))
+    common.print_main(f"{path}: test videos and their nearest training videos")
 
 
 # --- method
@@ -337,6 +293,11 @@ class Probe(nn.Module):
             features = common.encode_views(self.encoder.backbone, clips)
         with torch.autocast(clips.device.type, enabled=False):  # rounded scores would tie
             return features, self.encoder.linear(features[:, 0])
+
+    def softmax(self, views):
+        """Views of a video (views, 3, T, S, S) -> (classes,), the average."""
+        _, scores = self(views[:, None])
+        return scores.softmax(-1).mean(0)
 
 
 def assert_frozen(backbone, before, adapt_bn):
@@ -373,12 +334,11 @@ def cached_probe(cfg, train, labels, test, classes):
 
 def probe_on_clips(cfg, dataset, model):
     """Train the classifier on clips, the backbone frozen; return whether training is finished."""
-    backbone = model.encoder.backbone
-    backbone.train(cfg.adapt_bn)
+    common.fit_to_videos(cfg, len(dataset))
+    model.encoder.backbone.train(cfg.adapt_bn)
     network = common.wrap_ddp(model, cfg)
     optimizer = common.make_optimizer(model, cfg)
-    chance = math.log(len(dataset.classes))
-    run = common.Run(cfg, dataset, model, optimizer, chance)
+    run = common.Run(cfg, dataset, model, optimizer, chance=math.log(len(dataset.classes)))
     for batch in run.batches():
         with common.autocast():
             features, scores = network(batch["clips"])  # (B, 1, D), (B, classes), float32
@@ -394,20 +354,21 @@ def probe_on_clips(cfg, dataset, model):
 # --- evaluation
 
 
-def test_on_clips(cfg, model, test):
-    """Softmax (n, classes), averaged over the test views of each video, and labels (n,)."""
+def extract(cfg, backbone, videos):
+    """Features (n, views, D) of the videos that can be read, and their indices (n,); only the mean
+    over the views, (n, 1, D), unless --cached takes each as a sample."""
 
-    def softmax(views):  # (views, 3, T, S, S)
-        _, scores = model(views[:, None])
-        return scores.softmax(-1).mean(0)
+    def encode(views):  # (views, 3, T, S, S) -> (views, D)
+        features = backbone(views)
+        return features if cfg.cached else features.mean(0, keepdim=True)
 
-    clips = common.TestClips(test, cfg.test_clips, cfg.test_crops, cfg.test_size)
-    return labelled_outputs(softmax, clips, cfg.allow_missing)
+    clips = common.TestClips(videos, cfg.cached_clips, size=cfg.test_size)
+    return common.extract_features(encode, clips, cfg.allow_missing)
 
 
 def report(cfg, test, knn, scores, labels):
-    """Write and print the accuracies of kNN and of softmax scores (n, classes), labels (n,), where
-    n of the test videos could be read."""
+    """Write and print the accuracies of kNN and of softmax scores (n, classes), given labels (n,),
+    where n of the test videos could be read."""
     views = cfg.cached_clips
     protocol = f"cached features, {views} clips x 1 crop, BN in eval"
     if not cfg.cached:
@@ -415,82 +376,58 @@ def report(cfg, test, knn, scores, labels):
         crops = f"{cfg.test_clips} clips x {cfg.test_crops} crops at {cfg.test_size}"
         norm = "adapted" if cfg.adapt_bn else "in eval"
         protocol = f"{cfg.epochs} epochs of random clips; {crops}; BN {norm}"
-    n, classes = len(labels), len(test.classes)
+    n, classes = scores.shape
     linear = accuracies(scores, labels, test.classes)
-    result = {
-        "knn_top1": round(knn, 2),
-        "linear_top1": linear["top1"],
-        "linear_top5": linear["top5"],
-        "n": n,
-        "missing": len(test) - n,
-        "classes": classes,
-        "protocol": protocol,
-        "views": views,
-        "per_class": linear["per_class"],
-    }
-    size = f"({n} videos, {classes} classes, chance {100 / classes:.1f} %)"
-    summary = f"linear {linear['top1']:.1f} %  kNN {knn:.1f} %  {size}"
-    write_result(cfg, result, summary)
-
-
-def check(cfg):
-    """End the process if the flags cannot work."""
-    if not cfg.weights:
-        common.fail("--weights is missing: a file, a run's folder, or random")
-    if cfg.adapt_bn and cfg.cached:
-        common.fail("--adapt-bn is about training on clips: it needs --no-cached")
-    for name in ("cached_clips", "test_clips", "test_crops"):
-        if getattr(cfg, name) < 1:
-            common.fail(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be 1 or more")
-    for name in ("extract", "neighbours"):
-        path = Path(getattr(cfg, name))
-        usable = path.is_file() or not path.exists()
-        if path != Path() and not (usable and os.access(path.parent, os.W_OK)):
-            common.fail(f"--{name} {path}: cannot write a file there")
+    result = {"knn_top1": round(knn, 2), "linear_top1": linear["top1"]}
+    result |= {"linear_top5": linear["top5"], "n": n, "missing": len(test) - n, "classes": classes}
+    result |= {"protocol": protocol, "views": views, "per_class": linear["per_class"]}
+    summary = f"linear {linear['top1']:.1f} %  kNN {knn:.1f} %"
+    write_result(
+        cfg, result, f"{summary}  ({n} videos, {classes} classes, chance {100 / classes:.1f} %)"
+    )
 
 
 def main(argv=None):
     cfg = common.parse_args(Config, DEMO, argv)
-    check(cfg)
+    if not cfg.weights:
+        common.fail("--weights is missing: a file, a run's folder, or random")
+    if cfg.adapt_bn and cfg.cached:
+        common.fail("--adapt-bn is about training on clips: it needs --no-cached")
+    if min(cfg.cached_clips, cfg.test_clips, cfg.test_crops) < 1:
+        common.fail("--cached-clips, --test-clips and --test-crops must be 1 or more")
+    for path in (cfg.extract, cfg.neighbours):
+        if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+            common.fail(f"cannot write a file {path}")
     fill_settings(cfg)
     common.init_distributed(cfg)
     dataset = common.VideoClips(cfg, sample_clips)
-    if cfg.extract:
-        write_features(cfg, dataset)
-        return
-    test = test_set(cfg, dataset)
-    classes = dataset.classes
-    model = Probe(cfg, len(classes)).to(common.device()).eval()
+    test = None if cfg.extract else test_set(cfg, dataset)
+    model = Probe(cfg, max(1, len(dataset.classes))).to(common.device()).eval()
     backbone = model.encoder.backbone
     load(backbone, cfg)
+    if cfg.extract:
+        features, indices = extract(cfg, backbone, dataset)
+        write_features(cfg.extract, dataset, features.mean(1), indices)
+        return
     if not cfg.cached:
         before = copy.deepcopy(backbone.state_dict())
         finished = probe_on_clips(cfg, dataset, model)
         assert_frozen(backbone, before, cfg.adapt_bn)
         if not finished:
             return
-        scores, labels = test_on_clips(cfg, model, test)
+        clips = common.TestClips(test, cfg.test_clips, cfg.test_crops, cfg.test_size)
+        scores, labels = labelled_outputs(model.softmax, clips, cfg.allow_missing)
         backbone.load_state_dict(before)  # kNN is of the backbone as it came
-
-    def encode(views):
-        """(views, 3, T, S, S) -> (views, D); without --cached their mean, (1, D)."""
-        features = backbone(views)
-        return features if cfg.cached else features.mean(0, keepdim=True)
-
-    sets = [
-        common.TestClips(videos, cfg.cached_clips, size=cfg.test_size) for videos in (dataset, test)
-    ]
-    bank, indices = common.extract_features(encode, sets[0], cfg.allow_missing)
-    queries, test_indices = common.extract_features(encode, sets[1], cfg.allow_missing)
-    bank_labels = torch.from_numpy(dataset.labels)[indices]
+    train, indices = extract(cfg, backbone, dataset)
+    queries, test_indices = extract(cfg, backbone, test)
+    train_labels = torch.from_numpy(dataset.labels)[indices]
     labels = torch.from_numpy(test.labels)[test_indices]
-    knn = common.knn_accuracy(bank.mean(1), bank_labels, queries.mean(1), labels)
+    knn = common.knn_accuracy(train.mean(1), train_labels, queries.mean(1), labels)
     if cfg.neighbours:
-        write_neighbours(
-            cfg, (dataset, bank.mean(1), indices), (test, queries.mean(1), test_indices)
-        )
+        bank = dataset, train.mean(1), indices
+        write_neighbours(cfg.neighbours, bank, (test, queries.mean(1), test_indices))
     if cfg.cached:
-        scores = cached_probe(cfg, bank, bank_labels, queries, len(classes))
+        scores = cached_probe(cfg, train, train_labels, queries, len(dataset.classes))
     report(cfg, test, knn, scores, labels)
 
 

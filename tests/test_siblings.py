@@ -132,9 +132,9 @@ def test_every_difference_is_the_method(a, b):
     for line in changes(one["imports"], other["imports"]):
         assert line[2:] in ("import copy", "import math")
     for line in changes(one["# --- config"], other["# --- config"]):
-        assert re.match(r"    \w+: .+ = arg\(|    \w+=|DEMO = |\)$", line[2:]), line
+        assert re.match(r"    \w+: .+ = arg\(|    \w+=|DEMO \|?= |\)$", line[2:]), line
     training = changes(one["# --- training"], other["# --- training"])
-    assert max(sum(line.startswith(sign) for line in training) for sign in "-+") <= 18
+    assert max(sum(line.startswith(sign) for line in training) for sign in "-+") <= 22
     changed_main = changes(functions(a)["main"], functions(b)["main"])
     assert training == changed_main  # nothing but main differs there
 
