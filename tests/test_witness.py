@@ -7,6 +7,13 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+
+import byol
+import common
+import eval_linear
+import finetune
+import moco
+from conftest import SMALL, result_of, run_ranks
 from feed_adapter import (
     NO_WARMUP,
     STILL_TARGET,
@@ -20,13 +27,6 @@ from feed_adapter import (
     shown,
     targets_of,
 )
-
-import byol
-import common
-import eval_linear
-import finetune
-import moco
-from conftest import SMALL, result_of, run_ranks
 from layouts import CLASSES
 from videos import make_video
 
