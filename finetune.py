@@ -86,8 +86,9 @@ DEMO |= dict(batch_size=40, optimizer="adamw", lr=4.8e-3, warmup=0.075, weight_d
 DEMO |= dict(lr_steps=(), recipe="demo")
 
 
-def use_settings(cfg):
-    """Take the settings of the data set, of the recipe, of weights, where no flag was given."""
+def use_settings(cfg, weights):
+    """Take the settings of the data set and of the recipe where no flag was given; weights: the
+    settings with which they were trained."""
     for flag, fits in (("boxes", cfg.dataset == "ava"), ("val", cfg.dataset not in PARSERS)):
         if getattr(cfg, flag) and not fits:
             common.fail(f"--{flag} does not go with --dataset {cfg.dataset}")
@@ -96,13 +97,10 @@ def use_settings(cfg):
         common.fail(f"--augment {min(unfit)} does not go with boxes")
     if cfg.dataset in PARSERS and not cfg.data:
         common.fail(f"--data is missing: {cfg.dataset} has no demo")
-    script = ""
-    if Path(cfg.weights).is_file():
-        script = eval_linear.saved_settings(cfg.weights).get("script")
     settings = SETTINGS[cfg.dataset]
     if cfg.recipe == "released":
         settings = settings | RELEASED.get(cfg.dataset, {})
-    if cfg.dataset == "ava" and script == "finetune":
+    if cfg.dataset == "ava" and weights.get("script") == "finetune":
         settings = settings | {"lr": 0.05}  # paper: from supervised weights
     if cfg.small or not cfg.data:
         settings = {"augment": "crop"} if cfg.dataset == "ssv2" else {}  # left, right are classes
@@ -112,7 +110,7 @@ def use_settings(cfg):
         cfg.lr_steps = ()
     if max(cfg.lr_steps, default=0) >= 1:
         common.fail(f"--lr-steps {cfg.lr_steps}: shares of the run, below 1")
-    if script == "moco" and cfg.sync_bn:
+    if weights.get("script") == "moco" and cfg.sync_bn:
         words = "--no-sync-bn (ucf101: and --weight-decay 1e-4 --dropout 0.5)"
         common.print_main(f"after MoCo the released configs have {words}")
 
@@ -549,8 +547,7 @@ def report(cfg, dataset, result):
 
 def main(argv=None):
     cfg = common.parse_args(Config, DEMO, argv)
-    eval_linear.fill_settings(cfg)
-    use_settings(cfg)
+    use_settings(cfg, weights=eval_linear.fill_settings(cfg))
     common.init_distributed(cfg)
     dataset, test_data = make_datasets(cfg)
     common.fit_to_videos(cfg, len(dataset))

@@ -288,8 +288,7 @@ def test_charades_on_two_ranks_is_charades_on_one(argv, charades, tmp_path):
 
 def parsed(words):
     cfg = common.parse_args(finetune.Config, finetune.DEMO, words.split())
-    eval_linear.fill_settings(cfg)
-    finetune.use_settings(cfg)
+    finetune.use_settings(cfg, eval_linear.fill_settings(cfg))
     return cfg
 
 
