@@ -121,6 +121,8 @@ def parse_args(config, demo, argv=None):
     if given.get("small") or not given.get("data"):
         settings = {**demo, **given}
     cfg = config(**settings)
+    if cfg.data:
+        cfg.data = os.path.normpath(cfg.data)  # with a slash at the end it is the same folder
     cfg.given = set(given)
     cfg.script = Path(module.__file__).stem
     cfg.out = cfg.out or f"out/{cfg.script}-{data_name(cfg)}-rho{cfg.rho}"
