@@ -41,7 +41,7 @@ def log_of(out):
 def assert_same_run(a, b):
     """Weights, optimizer and log of two runs are bit for bit the same, timing aside."""
     one, two = (torch.load(Path(out, "last.pth"), weights_only=True) for out in (a, b))
-    assert one["number"] == two["number"] and one["losses"] == two["losses"]
+    assert one["step"] == two["step"] and one["losses"] == two["losses"]
     for name, tensor in one["model"].items():
         assert torch.equal(tensor, two["model"][name]), name
     for key, state in one["optimizer"]["state"].items():
@@ -672,5 +672,5 @@ def test_compile_with_low_memory_on_two_ranks(small, tmp_path):
     run_ranks(2, _compiled_on_ranks, [*flags, "--compile"], timeout=300)
     run_ranks(2, byol.main, [*flags, "--out", str(tmp_path / "plain")], timeout=300)
     one, two = (torch.load(tmp_path / f"{n}/last.pth", weights_only=True) for n in ("out", "plain"))
-    assert one["number"] == two["number"] == 1
+    assert one["step"] == two["step"] == 1
     assert one["losses"] == pytest.approx(two["losses"], rel=1e-3)
