@@ -402,16 +402,16 @@ def test_lists_that_are_none(kind, folder, tmp_path, small, capfd):
 
 
 def test_an_unreadable_list(argv, open_place, capfd):
-    """A list that this user may not read, and a name too long for any file: one line, exit 2."""
-    (open_place / "list.txt").write_text("a.mp4\n")
-    (open_place / "list.txt").chmod(0)
+    """A list that this user may not read: one line that names it, exit code 2."""
+    path = open_place / "list.txt"
+    path.write_text("a.mp4\n")
+    path.chmod(0)
     (open_place / "out").chmod(0o777)
-    flags = [*argv(byol), "--out", str(open_place / "out")]
-    for data in (str(open_place / "list.txt"), "x" * 5000):
-        capfd.readouterr()
-        assert run_ranks(1, _as_nobody, byol, [*flags, "--data", data]) == [2]
-        (line,) = capfd.readouterr().err.strip().splitlines()
-        assert " error: " in line and data[:50] in line
+    flags = [*argv(byol), "--out", str(open_place / "out"), "--data", str(path)]
+    capfd.readouterr()
+    assert run_ranks(1, _as_nobody, byol, flags) == [2]
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert " error: " in line and str(path) in line
 
 
 def test_videos_of_any_name(tmp_path, small, capfd):
