@@ -996,6 +996,8 @@ def write_file(path, save):
     """save(file), on rank 0. Whoever reads, after a kill too, finds the old file or the new one."""
     if rank() > 0:
         return
+    if os.path.exists(path) and not os.path.isfile(path):  # a device would be replaced
+        fail(f"cannot write {path}: it is no regular file", code=1)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
