@@ -15,19 +15,15 @@ import torch
 
 import common
 
-NAMES_TODAY = {"target_momentum": "momentum", "warmup": "warmup_epochs"}
-
-
 def command_line(data, out, max_steps, settings):
     """The flags of a run that reads its settings (a dict) from here and writes one log line.
 
     The names in `settings` are those of design.md; `warmup` is a share of the run."""
-    settings = {**settings, "warmup": settings["warmup"] * settings["epochs"]}
     argv = f"--data {data} --out {out} --max-steps {max_steps} --small --backbone tiny --workers 0"
     argv += " --frames 4 --stride 4 --size 16 --knn-every 0 --log-every 1000"
     argv = argv.split()
     for name, value in settings.items():
-        flag = NAMES_TODAY.get(name, name).replace("_", "-")
+        flag = name.replace("_", "-")
         if isinstance(value, bool):
             argv += [f"--{flag}" if value else f"--no-{flag}"]
         elif isinstance(value, tuple):
@@ -43,17 +39,15 @@ def run_with_clips(method, argv, clips, bn_in_eval=False):
     clips[n] is the global batch (B, V, 3, T, H, W). Returns a copy of the model before the first
     step. `bn_in_eval` makes BN use its running statistics, which then stay as they are."""
     start = []
+    decoded_batches = common.Run.batches
 
-    def given_batches(run, sample_clips):
+    def given_batches(run):
         run.model.train(not bn_in_eval)
         start.append(copy.deepcopy(run.model))
-        for batch in clips[run.number : run.last]:
-            own = batch.chunk(common.world_size())[common.rank()]
-            starts = torch.zeros(own.shape[:2])
-            boxes = torch.zeros(*own.shape[:2], 0, 4)
-            yield own, None, starts, boxes, torch.arange(len(own)), []
+        for batch in decoded_batches(run):
+            yield {**batch, "clips": common.local_part(clips[run.step])}
 
-    with mock.patch.object(common, "_loader", given_batches):
+    with mock.patch.object(common.Run, "batches", given_batches):
         importlib.import_module(method).main(argv)
     return start[0]
 
@@ -69,18 +63,18 @@ def checkpoint(out):
     content = torch.load(Path(out, "last.pth"), weights_only=True)
     model = dict(content["model"])
     enqueued = model.pop("_extra_state", None)
+    if "queue" in model and not model["queue"].numel():  # SwAV's feature queue, which is off
+        del model["queue"]
+        enqueued = None
     return Namespace(
-        step=content["number"],
+        step=content["step"],
         model=model,
         enqueued=None if enqueued is None else int(enqueued),
         lrs=[group["lr"] for group in content["optimizer"]["param_groups"]],
-        loss_sum=sum(content["losses"]),
+        loss_sum=float(sum(content["losses"])),
     )
 
 
 def last_log_line(out):
     """The last object of log.jsonl; `loss` is the mean over all steps of the run."""
-    line = json.loads(Path(out, "log.jsonl").read_text().splitlines()[-1])
-    if "momentum" in line:
-        line["target_momentum"] = line.pop("momentum")
-    return line
+    return json.loads(Path(out, "log.jsonl").read_text().splitlines()[-1])
