@@ -50,7 +50,8 @@ def arg(default, help, choices=None):
     """A field of a Config, which is a flag: its default, its text in --help, the values it takes.
 
     The type is the default's; a tuple takes several values."""
-    options = {"help": f"{help} [{default}]".replace("%", "%%"), "metavar": "X"}
+    metavar = None if choices else "X"  # None: argparse lists the choices
+    options = {"help": f"{help} [{default}]".replace("%", "%%"), "metavar": metavar}
     if isinstance(default, bool):
         options = {"help": help, "action": argparse.BooleanOptionalAction}
     elif isinstance(default, tuple):
