@@ -79,8 +79,9 @@ DEMO = dict(backbone="tiny", frames=8, stride=4, size=32, cached=True)
 
 def fill_settings(cfg):
     """Take what the flags do not say from the settings in the file of --weights, and derive
-    short_side, test_size and out. A run's folder becomes its backbone.pth."""
-    name = cfg.weights or "scratch"
+    short_side, test_size and out. A run's folder becomes its backbone.pth. Returns those settings,
+    {} if the file has none."""
+    name, saved = cfg.weights or "scratch", {}
     if cfg.weights not in ("", "random"):
         path = Path(cfg.weights)
         if path.is_dir():
@@ -94,15 +95,17 @@ def fill_settings(cfg):
             common.fail(error)
         if not isinstance(content, dict):
             common.fail(f"{path} holds no state dict")
-        saved = content.get("config") or content.get("cfg")  # of backbone.pth, of last.pth
-        if isinstance(saved, dict):
-            for setting in {"backbone", "frames", "stride", "size"} & saved.keys() - cfg.given:
-                setattr(cfg, setting, saved[setting])
+        found = content.get("config") or content.get("cfg")  # of backbone.pth, of last.pth
+        if isinstance(found, dict):
+            saved = found
+        for setting in {"backbone", "frames", "stride", "size"} & saved.keys() - cfg.given:
+            setattr(cfg, setting, saved[setting])
     cfg.short_side = tuple(round(cfg.size * side / 224) for side in (256, 320))
     cfg.test_size = cfg.test_size or common.test_size(cfg.size)
     if "out" not in cfg.given:
         data = f"{common.data_name(cfg)}-" if cfg.data else ""
         cfg.out = f"out/{cfg.script}-{data}{name}"
+    return saved
 
 
 def load(network, cfg):
