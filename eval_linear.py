@@ -1,8 +1,8 @@
 """Linear probe and kNN: what a frozen backbone has learned.
 
 Measures Test videos that kNN and a linear classifier on the backbone's features get right.
-Protocol Feichtenhofer et al., 2021 (arXiv 2104.14558), section 4: trained on a random clip per video
-         and epoch, cropped and flipped; tested on the mean softmax of 10 clips x 3 crops.
+Protocol Feichtenhofer et al., 2021 (arXiv 2104.14558), section 4: trained on a random clip per video,
+         cropped and flipped, per epoch; tested on the mean softmax of 10 clips x 3 crops.
          --cached: on features of a few clips, extracted once.
 kNN      k = 20, cosine similarity s of features averaged over views, votes exp(s / 0.07).
 Differs  BN is in eval (released code: in training mode), so that the whole backbone is frozen.
@@ -188,7 +188,6 @@ def test_set(cfg, dataset):
     train = {Path(dataset.path(index)).resolve() for index in range(len(dataset))}
     if both := train & {Path(path).resolve() for path in paths}:
         common.print_main(f"WARN {len(both)} videos are in --data and --val, such as {min(both)}")
-    common.print_main(f"test: {len(test)} videos")
     return test
 
 
