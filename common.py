@@ -50,7 +50,8 @@ def arg(default, help, choices=None):
     """A field of a Config, which is a flag: its default, its text in --help, the values it takes.
 
     The type is the default's; a tuple takes several values."""
-    options = {"help": f"{help} [{default}]".replace("%", "%%"), "metavar": "X"}
+    metavar = None if choices else "X"  # None: argparse lists the choices
+    options = {"help": f"{help} [{default}]".replace("%", "%%"), "metavar": metavar}
     if isinstance(default, bool):
         options = {"help": help, "action": argparse.BooleanOptionalAction}
     elif isinstance(default, tuple):
@@ -121,6 +122,8 @@ def parse_args(config, demo, argv=None):
     if given.get("small") or not given.get("data"):
         settings = {**demo, **given}
     cfg = config(**settings)
+    if cfg.data:
+        cfg.data = os.path.normpath(cfg.data)  # with a slash at the end it is the same folder
     cfg.given = set(given)
     cfg.script = Path(module.__file__).stem
     cfg.out = cfg.out or f"out/{cfg.script}-{data_name(cfg)}-rho{cfg.rho}"
@@ -994,6 +997,8 @@ def write_file(path, save):
     """save(file), on rank 0. Whoever reads, after a kill too, finds the old file or the new one."""
     if rank() > 0:
         return
+    if os.path.exists(path) and not os.path.isfile(path):  # a device would be replaced
+        fail(f"cannot write {path}: it is no regular file", code=1)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -1189,15 +1194,15 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
 
 
 def knn_sets(dataset):
-    """[queries, bank] for kNN while training: every fifth training video with a label, and the
-    others; at most 1000 and 4000 of them, 2 clips of each."""
+    """[bank, queries] for kNN while training: every fifth training video with a label is a query,
+    the others are the bank; at most 4000 and 1000 of them, 2 clips of each."""
     labelled = np.flatnonzero(dataset.labels >= 0)[:5000]
     if len(labelled) < 2:
         print_main("WARN no labels (class folders, or lists with labels): no kNN accuracy")
         return []
     queries = labelled[::5]
     bank = np.setdiff1d(labelled, queries)
-    return [TestClips(dataset, 2, indices=part) for part in (queries, bank)]
+    return [TestClips(dataset, 2, indices=part) for part in (bank, queries)]
 
 
 # --- the run

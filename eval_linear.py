@@ -1,9 +1,10 @@
 """Linear probe and kNN: what a frozen backbone has learned.
 
-Measures Test videos that kNN and a linear classifier on the backbone's features get right.
-Protocol Feichtenhofer et al., 2021 (arXiv 2104.14558), section 4: trained on a random clip per video,
-         cropped and flipped, per epoch; tested on the mean softmax of 10 clips x 3 crops.
-         --cached: on features of a few clips, extracted once.
+Measures How many test videos are classified correctly from the backbone's features: by the votes
+         of the nearest training videos, and by a linear classifier.
+Protocol Feichtenhofer et al., 2021 (arXiv 2104.14558), section 4: the classifier is trained on one
+         random clip per video and epoch, cropped and flipped, and tested on 10 clips x 3 crops,
+         whose softmax is averaged. --cached: on features of a few clips, extracted once.
 kNN      k = 20, cosine similarity s of features averaged over views, votes exp(s / 0.07).
 Differs  BN is in eval (released code: in training mode), so that the whole backbone is frozen.
 Recipe   python eval_linear.py --weights out/byol-demo-rho2
@@ -78,8 +79,9 @@ DEMO = dict(backbone="tiny", frames=8, stride=4, size=32, cached=True)
 
 def fill_settings(cfg):
     """Take what the flags do not say from the settings in the file of --weights, and derive
-    short_side, test_size and out. A run's folder becomes its backbone.pth."""
-    name = cfg.weights or "scratch"
+    short_side, test_size and out. A run's folder becomes its backbone.pth. Returns those settings,
+    {} if the file has none."""
+    name, saved = cfg.weights or "scratch", {}
     if cfg.weights not in ("", "random"):
         path = Path(cfg.weights)
         if path.is_dir():
@@ -87,7 +89,15 @@ def fill_settings(cfg):
         ours = path.name in ("backbone.pth", "last.pth")
         name = path.absolute().parent.name if ours else path.stem
         cfg.weights = str(path)
-        saved = saved_settings(path)
+        try:
+            content = common.read_file(path)
+        except ValueError as error:
+            common.fail(error)
+        if not isinstance(content, dict):
+            common.fail(f"{path} holds no state dict")
+        found = content.get("config") or content.get("cfg")  # of backbone.pth, of last.pth
+        if isinstance(found, dict):
+            saved = found
         for setting in {"backbone", "frames", "stride", "size"} & saved.keys() - cfg.given:
             setattr(cfg, setting, saved[setting])
     cfg.short_side = tuple(round(cfg.size * side / 224) for side in (256, 320))
@@ -95,18 +105,7 @@ def fill_settings(cfg):
     if "out" not in cfg.given:
         data = f"{common.data_name(cfg)}-" if cfg.data else ""
         cfg.out = f"out/{cfg.script}-{data}{name}"
-
-
-def saved_settings(path):
-    """The settings in a file of weights, {} if it has none; ends the process if unreadable."""
-    try:
-        content = common.read_file(path)
-    except ValueError as error:
-        common.fail(error)
-    for key in ("config", "cfg"):  # of our backbone.pth, of last.pth
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            return content[key]
-    return {}
+    return saved
 
 
 def load(network, cfg):
@@ -134,8 +133,9 @@ PYTORCHVIDEO = {  # its names -> the released code's
 
 
 def load_weights(network, path):
-    """Load a backbone of ours, the released .pyth (of contrastive ones the query network),
-    pytorchvideo's or torchvision's. Returns the number of tensors; ValueError unless all fit."""
+    """Load a backbone from our backbone.pth or last.pth, the released contrastive .pyth (its query
+    network) or classifier, pytorchvideo's slow_r50, or torchvision's r2plus1d_18 or s3d. Returns
+    the number of tensors. Raises ValueError, one line, unless all of the backbone's are there."""
     content = common.read_file(path)
     for key in ("model_state", "state_dict", "model"):
         if isinstance(content, dict) and key in content:
@@ -188,6 +188,7 @@ def test_set(cfg, dataset):
     train = {Path(dataset.path(index)).resolve() for index in range(len(dataset))}
     if both := train & {Path(path).resolve() for path in paths}:
         common.print_main(f"WARN {len(both)} videos are in --data and --val, such as {min(both)}")
+    common.print_main(f"test: {len(test)} videos")
     return test
 
 
@@ -198,7 +199,8 @@ def labelled_outputs(network, test_clips, allow_missing):
 
 
 def accuracies(scores, labels, classes):
-    """In percent, of scores (n, classes): {"top1", "top5", "per_class": {name: top 1}}."""
+    """Accuracies in percent of scores (n, classes), given labels (n,) and the classes' names:
+    {"top1", "top5", "per_class": {name: top 1} of the classes that occur}."""
     hits = scores.topk(min(5, len(classes))).indices == labels[:, None]  # (n, 5)
 
     def percent(hits):
@@ -316,7 +318,8 @@ def assert_frozen(backbone, before):
 
 
 def cached_probe(cfg, train, labels, test, classes):
-    """Train on standardised features (n, views, D); return softmax on others, (m, classes)."""
+    """Train a linear classifier on features (n, views, D), standardised by their mean and standard
+    deviation; return its softmax on the test features, averaged over their views: (m, classes)."""
     mean = train.mean((0, 1))
     std = train.std((0, 1)) + 1e-6
     train = (train - mean) / std
