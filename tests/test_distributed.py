@@ -115,10 +115,8 @@ def _clips_of_a_loader(argv):
     dataset = common.VideoClips(cfg, byol.sample_clips)
     sampler = common.TrainSampler(cfg, len(dataset), 0, cfg.max_steps)
     how = dict(num_workers=cfg.workers, worker_init_fn=common.worker_init)
-    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=common.collate, **how)
-    batches = [batch["clips"].numpy() for batch in loader]
-    assert len(batches) == len(sampler)
-    return batches
+    loader = DataLoader(dataset, batch_sampler=sampler, **how)
+    return [batch["clips"].numpy() for batch in loader]
 
 
 def _clips_of_a_run(argv):

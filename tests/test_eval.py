@@ -26,7 +26,7 @@ import moco
 import simclr
 import swav
 from conftest import METHODS, ROOT, SMALL, arguments, result_of, run_ranks
-from videos import make_video
+from videos import make_video, read_counter
 
 # --- backbones and weights
 
@@ -66,7 +66,7 @@ def test_slow_r50_is_pytorchvideos(theirs, frames, side, tmp_path):
     """Random weights mapped from pytorchvideo's names to ours: the same features to 1e-4."""
     torch.save({"model_state": theirs.state_dict()}, tmp_path / "theirs.pyth")
     ours = common.backbone("slow_r50").eval()
-    assert common.load_weights(ours, tmp_path / "theirs.pyth") == 318
+    assert eval_linear.load_weights(ours, tmp_path / "theirs.pyth") == 318
     x = torch.randn(1, 3, frames, side, side)
     with torch.no_grad():
         expected = last_map(theirs, x)
@@ -92,7 +92,7 @@ def test_torchvisions_networks(name, tmp_path):
     theirs = scrambled(getattr(torchvision.models.video, name)())
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
     ours = common.backbone(name).eval()
-    count = common.load_weights(ours, tmp_path / "w.pth")
+    count = eval_linear.load_weights(ours, tmp_path / "w.pth")
     assert count == len(ours.state_dict())
     x = torch.randn(1, 3, 16, 64, 64)
     with torch.no_grad():
@@ -117,7 +117,7 @@ def test_sizes_of_backbones():
 def test_open_gates_make_s3d_g_s3d():
     """Gates that let everything pass, and S3D-G computes S3D."""
     plain, gated = scrambled(common.backbone("s3d")), scrambled(common.backbone("s3d_g"))
-    gates = [m for m in gated.modules() if isinstance(m, common._Gate)]
+    gates = [m for m in gated.modules() if isinstance(m, common.Gate)]
     assert len(gates) == 36  # four branches of nine blocks
     for gate in gates:
         torch.nn.init.zeros_(gate.conv.weight)
@@ -151,7 +151,7 @@ def test_released_files(layout, tmp_path):
     trunk = scrambled(common.backbone("slow_r50")).state_dict()
     torch.save(layout(trunk), tmp_path / "ssl_checkpoint_epoch_00200.pyth")
     ours = common.backbone("slow_r50")
-    assert common.load_weights(ours, tmp_path / "ssl_checkpoint_epoch_00200.pyth") == 318
+    assert eval_linear.load_weights(ours, tmp_path / "ssl_checkpoint_epoch_00200.pyth") == 318
     for name, tensor in ours.state_dict().items():
         assert torch.equal(tensor, trunk[name]), name
 
@@ -159,11 +159,11 @@ def test_released_files(layout, tmp_path):
 @pytest.mark.parametrize("script", [simclr, moco, byol, swav])
 def test_our_last_pth_gives_the_online_network(script, small, tmp_path):
     """last.pth and backbone.pth hold the same backbone, never the slowly moving one."""
-    script.main([*small, "--max-steps", "2", "--lr", "9", "--warmup-epochs", "0"])
+    script.main([*small, "--max-steps", "2", "--lr", "9", "--warmup", "0"])
     loaded = []
     for name in ("last.pth", "backbone.pth"):
         network = common.backbone("tiny")
-        common.load_weights(network, tmp_path / "out" / name)
+        eval_linear.load_weights(network, tmp_path / "out" / name)
         loaded.append(network.state_dict())
     model = torch.load(tmp_path / "out/last.pth", weights_only=True)["model"]
     for name, tensor in loaded[0].items():
@@ -225,7 +225,7 @@ def test_wrong_weights_are_refused(kind, tmp_path, monkeypatch):
     if kind != "absent":
         wrong_file(kind, path)
     with pytest.raises(ValueError) as caught:
-        common.load_weights(common.backbone("tiny"), path)
+        eval_linear.load_weights(common.backbone("tiny"), path)
     message = str(caught.value)
     assert str(path) in message and "\n" not in message and not Path("ran").exists()
     if kind in ("one missing", "wrong shape", "not finite") or kind.startswith("part"):
@@ -233,6 +233,36 @@ def test_wrong_weights_are_refused(kind, tmp_path, monkeypatch):
 
 
 # --- test views and kNN
+
+
+def test_views_are_where_the_protocol_says(tmp_path):
+    """10 clips start at i/10 of the last possible start; a clip's frames are a stride apart."""
+    path = make_video(tmp_path / "a.mp4", n=120, size=(96, 64))
+    args = Namespace(frames=4, stride=5, size=64)
+    _, x, _ = common._test_views(args, [path], 10, 1, 0)
+    assert x.shape == (10, 3, 4, 64, 64)
+    _, x, _ = common._test_views(args, [path], 10, 3, 0)
+    assert x.shape == (30, 3, 4, 64, 64)
+    left, right = x[:10], x[20:]
+    wide = torch.cat([left[..., :48], right[..., 16:]], dim=-1)  # the outer crops hold it all
+    last = 4.0 - 4 * 5 / 30
+    for clip, start in zip(
+        wide.permute(0, 2, 3, 4, 1).numpy(), last * np.arange(10) / 10, strict=True
+    ):
+        seen = [read_counter(frame) for frame in clip]
+        assert seen == [int((start + i * 5 / 30 + 1e-3) * 30) for i in range(4)]
+    assert torch.equal(x[10:20][..., :48], left[..., 16:])  # the middle one lies between them
+
+
+def test_portrait_is_cropped_along_its_height(tmp_path):
+    """Three crops of a portrait video: top, middle, bottom."""
+    path = make_video(tmp_path / "a.mp4", n=20, size=(64, 96))
+    _, x, _ = common._test_views(Namespace(frames=1, stride=1, size=64), [path], 1, 3, 0)
+    whole = torch.cat([x[0, ..., :48, :], x[2, ..., 16:, :]], dim=-2)
+    assert read_counter(whole[:, 0].permute(1, 2, 0).numpy()) == 0
+    assert torch.equal(x[1, ..., :48, :], x[0, ..., 16:, :])
+    _, central, _ = common._test_views(Namespace(frames=1, stride=1, size=64), [path], 1, 1, 0)
+    assert torch.equal(central[0], x[1])  # the one crop of --cached
 
 
 @pytest.mark.parametrize("n", [7, 30, 300])
@@ -248,7 +278,7 @@ def test_knn_is_its_definition(n):
         for i in sorted(range(n), key=lambda i: -s[i])[:20]:
             votes[labels[i]] += math.exp(s[i] / 0.07)
         right += votes.index(max(votes)) == y
-    assert common.knn(bank, labels, queries, truth) == pytest.approx(100 * right / 290)
+    assert common.knn_accuracy(bank, labels, queries, truth) == pytest.approx(100 * right / 290)
 
 
 # --- the probe
@@ -308,7 +338,7 @@ def weights(data, tmp_path_factory):
 @pytest.fixture
 def argv(data, weights, tmp_path):
     flags = ["--weights", str(weights), "--data", str(data), "--out", str(tmp_path / "probe")]
-    return [*flags, "--workers", "0", "--batch-size", "4", "--epochs", "6", "--warmup-epochs", "1"]
+    return [*flags, "--workers", "0", "--batch-size", "4", "--epochs", "6", "--warmup", "0.16"]
 
 
 def probe(argv):
@@ -338,7 +368,7 @@ def test_cached_probe_end_to_end(argv, weights, data, tmp_path, capfd):
             rows[-1]["labels"]
         )
     tensors = [torch.from_numpy(rows[i][k]) for i in (0, 1) for k in ("features", "labels")]
-    assert common.knn(*tensors) == pytest.approx(result["knn_top1"], abs=0.01)
+    assert common.knn_accuracy(*tensors) == pytest.approx(result["knn_top1"], abs=0.01)
 
 
 def test_full_protocol_leaves_the_backbone_alone(argv, weights, tmp_path):
@@ -379,7 +409,7 @@ def test_a_frozen_tensor_that_moves_is_noticed():
 @pytest.fixture
 def hard_argv(hard, weights, tmp_path):
     flags = ["--weights", str(weights), "--data", str(hard), "--out", str(tmp_path / "probe")]
-    return [*flags, "--workers", "0", "--batch-size", "6", "--epochs", "6", "--warmup-epochs", "1"]
+    return [*flags, "--workers", "0", "--batch-size", "6", "--epochs", "6", "--warmup", "0.16"]
 
 
 def ranked(argv):
@@ -425,7 +455,7 @@ def test_extracted_features_keep_the_order_and_give_the_knn(
     """A shuffled list: features, labels and paths in its order, bit-equal on 1, 2 and 3 ranks, each
     the backbone's of that video; a loop over them gives the knn_top1 of the result."""
     rows, network = [], common.backbone("tiny").eval()
-    common.load_weights(network, weights)
+    eval_linear.load_weights(network, weights)
     for part in ("train", "val"):
         videos = sorted((hard / part).rglob("*.mp4"))
         np.random.default_rng(1).shuffle(videos)
@@ -649,7 +679,7 @@ def test_backbone_opens_in_a_fresh_interpreter(weights, tmp_path):
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     network = common.backbone("tiny")
-    common.load_weights(network, weights)
+    eval_linear.load_weights(network, weights)
     with torch.no_grad():
         expected = network.eval()(torch.zeros(1, 3, 8, 32, 32))
     torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), expected)
@@ -671,7 +701,7 @@ def monitored(out, bank, queries):
     """kNN accuracy that the last line of a run should have: the saved backbone, 2 clips a video, a
     loop over the definition."""
     network = common.backbone("tiny").eval()
-    common.load_weights(network, out / "backbone.pth")
+    eval_linear.load_weights(network, out / "backbone.pth")
 
     def features(path):
         clips = common.read_clips(path, [0, (24 - 16) / 30 / 2], 4, 4, 16)  # 21 pixels wide
@@ -821,7 +851,7 @@ def test_views_are_shown_before_any_work(argv, tmp_path, capfd):
 def test_probe_with_every_optimizer(mode, argv, tmp_path):
     """LARS, SGD and AdamW take a probe, whose groups of parameters may be empty."""
     for optimizer in ("lars", "sgd", "adamw"):
-        flags = [mode, "--test-clips", "1", "--optimizer", optimizer, "--warmup-epochs", "0"]
+        flags = [mode, "--test-clips", "1", "--optimizer", optimizer, "--warmup", "0"]
         flags += ["--out", str(tmp_path / optimizer)]
         eval_linear.main([*argv, *flags])
         assert result_of(flags)["n"] == 7

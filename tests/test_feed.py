@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from feed_adapter import batches_of, numbered, shown
 
 from conftest import METHODS, SMALL, run_ranks
+from feed_adapter import batches_of, numbered, shown
 
 FRAMES, STRIDE, LENGTH = 4, 4, 60
 LAST = (LENGTH - FRAMES * STRIDE) / 30  # the latest start of a clip, in seconds

@@ -15,7 +15,7 @@ import byol
 import moco
 import simclr
 import swav
-from conftest import arguments
+from conftest import arguments, refused
 
 B, D, K = 5, 7, 11  # primes, so that a wrong axis shows
 VIEWS = [2, 3, 4]
@@ -177,13 +177,12 @@ def test_queue_wraps():
         assert model.enqueued == count
 
 
-def test_no_queue():
-    """MoCo with --queue 0: keys go nowhere, and nothing breaks."""
-    model = torch.nn.Module()
-    model.register_buffer("queue", torch.zeros(0, 1))
-    model.enqueued = 0
-    moco.enqueue(model, torch.ones(4, 2, 1))
-    assert model.queue.shape == (0, 1)
+@pytest.mark.parametrize(
+    "script, flag", [(moco, "--queue 0"), (swav, "--prototypes 1"), (swav, "--prototypes 0")]
+)
+def test_nothing_to_tell_apart(script, flag, small, capfd):
+    """Without keys, or with one prototype, there is nothing to learn: refused."""
+    assert flag.split()[0] in refused(script, [*small, *flag.split()], capfd)
 
 
 def test_keys_counted_are_in_the_checkpoint():

@@ -526,14 +526,13 @@ def test_short_side_is_drawn_between_its_two_values(crop_area):
 def test_a_worker_and_the_device_finish_views_alike(folder, monkeypatch):
     """On a CPU the worker augments; the same function on the same seeds gives a GPU's views."""
     cfg = arguments(byol, seed=3, frames=4, size=16, short_side=(24, 24), batch_size=4)
-    videos = common.VideoClips(cfg, byol.sample_clips, videos=common.list_videos(folder))
-    done = [videos[1, index] for index in range(4)]
+    made = common.list_videos(folder)
+    on_cpu = common.VideoClips(cfg, byol.sample_clips, videos=made)
     monkeypatch.setattr(common, "device", lambda: torch.device("cuda"))
-    for index, item in enumerate(done):
-        raw = videos[1, index]
+    on_gpu = common.VideoClips(cfg, byol.sample_clips, videos=made)
+    for index in range(4):
+        done, raw = on_cpu[1, index], on_gpu[1, index]
         assert raw["clips"].dtype == torch.uint8 and raw["clips"].shape == (2, 4, 3, 16, 16)
-        clips = common.augment(raw["clips"], raw["seeds"], videos.color)
-        assert torch.equal(clips, item["clips"])
-        assert torch.equal(raw["starts"], item["starts"])
-    batch = common.collate(done)
-    assert batch["clips"].shape == (4, 2, 3, 4, 16, 16) and batch["starts"].shape == (4, 2)
+        clips = common.augment(raw["clips"], raw["seeds"], on_gpu.color)
+        assert torch.equal(clips, done["clips"])
+        assert torch.equal(raw["starts"], done["starts"])

@@ -42,6 +42,9 @@ OWN = {
 }
 
 
+FEATURE_QUEUE = dict(feature_queue=10, queue_from=1.0)  # full after two steps, used in the third
+
+
 # --- the second version: what all methods share
 
 
@@ -251,14 +254,29 @@ class BYOL(WithTarget):
 class SwAV(Learner):
     modules = ["encoder", "prototypes"]
 
+    def __init__(self, settings, start):
+        super().__init__(settings, start)
+        self.earlier = {}  # view -> its features of earlier steps, the oldest first
+
     def loss(self, views):
-        scores = [unit(self.encoder(view)) @ self.prototypes.weight.T for view in views]
-        codes = [self.codes(view.detach()) for view in scores]  # each view a problem of its own
+        self.z = [unit(self.encoder(view)) for view in views]
+        scores = [z @ self.prototypes.weight.T for z in self.z]
+        codes = []  # each view is a problem of its own
+        for i, view in enumerate(scores):
+            batch_and_queue = [*view.detach(), *self.queue_scores(i)]
+            codes.append(self.codes(torch.stack(batch_and_queue))[:BATCH])
         V, t, total = len(views), self.settings["temperature"], 0
         for b, i, j in positive_pairs(V):
             p = torch.exp(scores[j][b] / t)
             total = total - (codes[i][b] * torch.log(p / p.sum())).sum()
         return total / len(positive_pairs(V))
+
+    def queue_scores(self, i):
+        """Scores of the last N features of view i, once there are N, and not before an epoch."""
+        N, earlier = self.settings.get("feature_queue", 0), self.earlier.get(i, [])
+        if N == 0 or len(earlier) < N or self.epoch < self.settings["queue_from"]:
+            return []
+        return [self.prototypes.weight.detach() @ feature for feature in earlier[-N:]]
 
     def codes(self, scores):
         """Sinkhorn, scores (B, K): each prototype gets the same share of the batch, each video
@@ -274,6 +292,8 @@ class SwAV(Learner):
 
     def after_the_step(self):
         self.prototypes.weight.copy_(unit(self.prototypes.weight))
+        for i, z in enumerate(self.z):
+            self.earlier[i] = [*self.earlier.get(i, []), *z.detach()]
 
     def own_numbers(self, V):
         return dict(chance=math.log(self.settings["prototypes"]))
@@ -315,9 +335,10 @@ def runs(folder, tmp_path_factory):
     version have after 0, 1, ... steps; on several ranks after 0 and the last. Made once."""
 
     @functools.cache
-    def run(method, rho, optimizer="sgd", ranks=1):
+    def run(method, rho, optimizer="sgd", ranks=1, queued=False):
         out = tmp_path_factory.mktemp(method)
         settings = {**SHARED, **OWN[method], "rho": rho, "optimizer": optimizer}
+        settings |= FEATURE_QUEUE if queued else {}
         ends = list(range(1, STEPS + 1)) if ranks == 1 else [STEPS]
         run_ranks(ranks, run_both, method, settings, folder, out, ends, ranks > 1)
         expected = torch.load(out / "expected.pth", weights_only=True)
@@ -473,3 +494,18 @@ def test_ranks_share_one_state(method, rho, ranks, runs):
             ours = {f"{place}": key for place, key in expected["queue"].items()}
             rows = {f"{place}": key for place, key in enumerate(found.model["queue"])}
             assert_tensors(rows, ours, "")
+
+
+@pytest.mark.parametrize("rho, ranks", [(1, 1), (3, 1), (3, 2), (2, 3)])
+def test_feature_queue(rho, ranks, runs):
+    """SwAV's feature queue used before it is full or before its epoch; one queue for all views, of
+    this rank alone, or of scores with older prototypes; codes of the queue's own features."""
+    plain = runs("swav", rho, ranks=ranks)[0][-1]
+    found, expected = (states[-1] for states in runs("swav", rho, ranks=ranks, queued=True))
+    model = {name: tensor for name, tensor in found.model.items() if name != "queue"}
+    assert_tensors(model, expected["model"], "")
+    assert found.loss_sum == pytest.approx(expected["loss_sum"], rel=TOLERANCE)
+    assert found.loss_sum != pytest.approx(
+        plain.loss_sum, rel=1e-6
+    )  # the third step's codes differ
+    assert found.enqueued == STEPS * BATCH
