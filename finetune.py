@@ -256,7 +256,8 @@ def listed(cfg, part):
     try:
         found = PARSERS[cfg.dataset](cfg, part)
     except (OSError, LookupError, AttributeError, TypeError, ValueError) as error:
-        common.fail(f"--data {cfg.data}: cannot read a list of {cfg.dataset}: {error!r}")
+        reason = f"{type(error).__name__}: {error}"
+        common.fail(f"--data {cfg.data}: cannot read a list of {cfg.dataset}: {reason}")
     if not found:
         common.fail(f"--data {cfg.data}: a list of {cfg.dataset} is empty")
     return found
