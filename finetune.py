@@ -549,8 +549,7 @@ def report(cfg, dataset, result):
     """Print the result, and write it, with what it takes to repeat it, to result.json."""
     test = f"{cfg.test_clips} clips x {cfg.test_crops} crops at {cfg.test_size}"
     if cfg.dataset == "ava":
-        boxes = cfg.boxes or "annotated"
-        test = f"1 clip a key frame, whole pictures at {cfg.test_size}, boxes: {boxes}"
+        test = f"whole pictures at {cfg.test_size}, boxes: {cfg.boxes or 'annotated'}"
     result |= {
         "missing": len(dataset) - result["n"],
         "protocol": f"{cfg.dataset}, {cfg.epochs} epochs of random clips, last epoch; {test}",
