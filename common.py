@@ -57,6 +57,8 @@ def arg(default, help, choices=None):
         options |= {"type": type(default[0]), "nargs": "+"}
     else:
         options |= {"type": type(default), "choices": choices}
+        if choices:
+            options["metavar"] = None  # --help lists them
     return dataclasses.field(default=default, metadata=options)
 
 
@@ -572,7 +574,7 @@ class VideoClips(Dataset):
     the times of all frames, (rho, T), in seconds. transform: the whole augmentation of a clip,
     (T, 3, H, W) uint8 -> (T, 3, h, w) float32, instead of cfg.augment. videos: (paths, labels).
 
-    Override open() to read anything else than video files, views() to make other tensors.
+    Override open() to read anything else than video files, views() or item() to make other tensors.
     """
 
     def __init__(self, cfg, sample_clips, transform=None, videos=None):
@@ -626,26 +628,30 @@ class VideoClips(Dataset):
             return {"clips": clips, "seeds": seeds}  # Run does the rest, on the GPU
         return {"clips": augment(clips, seeds, self.color)}
 
+    def item(self, index, rng):
+        """The dict of one video, as the random numbers of rng say; BadVideo if unreadable."""
+        cfg = self.cfg
+        short_side = int(rng.integers(*cfg.short_side, endpoint=True))
+        with contextlib.closing(self.open(index, short_side)) as reader:
+            settings = reader.duration, cfg.clip_seconds, cfg.rho, cfg.timespan
+            starts = np.asarray(self.sample_clips(*settings, rng), float)
+            frames = _read(reader, starts, cfg.frames, cfg.stride)
+        starts = torch.from_numpy(starts)  # (rho,) or (rho, T)
+        starts = starts.expand(cfg.num_views, *starts.shape[1:])
+        item = {"label": int(self.labels[index]), "index": index, "starts": starts}
+        return {**item, **self.views(frames, rng)}
+
     def __getitem__(self, key):
-        cfg, (epoch, asked) = self.cfg, key
+        epoch, asked = key
         index, bad = asked, []
         for attempt in range(10):
-            rng = np.random.default_rng((cfg.seed, epoch, asked, attempt))
+            rng = np.random.default_rng((self.cfg.seed, epoch, asked, attempt))
             if attempt > 0:
                 index = int(rng.integers(len(self)))
-            short_side = int(rng.integers(*cfg.short_side, endpoint=True))
             try:
-                with contextlib.closing(self.open(index, short_side)) as reader:
-                    settings = reader.duration, cfg.clip_seconds, cfg.rho, cfg.timespan
-                    starts = np.asarray(self.sample_clips(*settings, rng), float)
-                    frames = _read(reader, starts, cfg.frames, cfg.stride)
+                return {**self.item(index, rng), "bad": "\n".join(bad)}
             except BadVideo as error:
                 bad.append(str(error))
-                continue
-            starts = torch.from_numpy(starts)  # (rho,) or (rho, T)
-            starts = starts.expand(cfg.num_views, *starts.shape[1:])
-            item = {"label": int(self.labels[index]), "index": index, "starts": starts}
-            return {**item, "bad": "\n".join(bad), **self.views(frames, rng)}
         raise BadVideo(f"ten videos in a row cannot be read; the last: {bad[-1]}")
 
 
@@ -721,6 +727,8 @@ def train_transform(cfg):
         choices = ", ".join(["crop", *table, "none"])
         fail(f"--augment: unknown augmentation {min(unknown)}; choose from {choices}")
     area = getattr(cfg, "crop_area", (0, 0))
+    if len(area) != 2 or not 0 <= area[0] <= area[1] <= 1:
+        fail(f"--crop-area {area}: two shares of the frame, the smaller one first")
     crop = v2.Compose([v2.Resize(cfg.size), v2.CenterCrop(cfg.size)])
     if "crop" in names and any(area):
         crop = v2.RandomResizedCrop(cfg.size, scale=area, ratio=(3 / 4, 4 / 3))
@@ -1141,9 +1149,10 @@ class TestClips(Dataset):
 def extract_features(network, test_clips, allow_missing=False):
     """Run a network, in the mode that it is in, on the test views of each video.
 
-    network: (views, 3, T, S, S) float32 -> a tensor of any one shape. Each video is read once, on
-    one rank. Returns on every rank outputs (n, ...) float32 on the CPU and indices (n,) of the
-    videos that can be read. Another one ends the process, unless allow_missing leaves it out."""
+    network: (views, 3, T, S, S) float32 -> a tensor of any one shape; the tensors item["more"] of
+    a data set of one's own are further arguments. Each video is read once, on one rank. Returns on
+    every rank outputs (n, ...) float32 on the CPU and indices (n,) of the videos that can be read.
+    Another one ends the process, unless allow_missing leaves it out."""
     mine = Subset(test_clips, range(rank(), len(test_clips), world_size()))
     outputs = {}
     loader = _loader(test_clips.dataset.cfg, mine, batch_size=None)
@@ -1154,8 +1163,9 @@ def extract_features(network, test_clips, allow_missing=False):
             print(f"WARN left out: {item['bad']}", flush=True)
             continue
         clips = normalize(item["clips"].to(device()) / 255)
+        more = [tensor.to(device()) for tensor in item.get("more", ())]
         with torch.no_grad(), autocast():
-            output = network(clips.contiguous(memory_format=torch.channels_last_3d))
+            output = network(clips.contiguous(memory_format=torch.channels_last_3d), *more)
         outputs[item["index"]] = output.float().cpu()
     outputs = {i: output for part in gather_objects(outputs) for i, output in part.items()}
     indices = sorted(outputs)
@@ -1254,7 +1264,8 @@ class Run:
             return
         before = {s: signal.signal(s, self.ask_stop) for s in (signal.SIGTERM, signal.SIGINT)}
         sampler = TrainSampler(cfg, len(self.dataset), self.step, self.last)
-        batches = iter(_loader(cfg, self.dataset, batch_sampler=sampler))
+        collate = getattr(self.dataset, "collate", None)  # None: torch's default
+        batches = iter(_loader(cfg, self.dataset, batch_sampler=sampler, collate_fn=collate))
         silent = rank() > 0 or None  # None: silent unless it writes to a terminal
         self.bar = tqdm(initial=self.step, total=self.last, desc=cfg.script, disable=silent)
         self.since = self.saved = time.monotonic()
@@ -1434,6 +1445,7 @@ class Run:
         if self.losses:
             self.losses = list(self.mean_losses())
         self.saved = time.monotonic()
+        self.bad_videos = sorted(set().union(*gather_objects(self.bad_videos)))
         if rank() > 0:
             return
         network, config = self.model.encoder.backbone, self.settings()

@@ -1,227 +1,434 @@
 """Linear probe and kNN: what a frozen backbone has learned.
 
-Measures The share of test videos that are classified correctly from the backbone's features, by
+Measures The share of test videos that are classified correctly from the backbone's features: by
          the votes of the nearest training videos, and by a linear classifier.
 Protocol Feichtenhofer et al., 2021 (arXiv 2104.14558), section 4: the classifier is trained on one
-         random clip per video and epoch, cropped and flipped, and tested on 10 clips x 3 crops a
-         video, whose softmax is averaged. --cached: on features of a few clips, extracted once.
-kNN      k = 20, cosine similarity s of features that are averaged over views, votes exp(s / 0.07).
-Differs  From the released code: BN is in eval, so that the backbone is frozen in every tensor;
-         --adapt-bn follows it (batch statistics in training, and running ones that keep moving).
-Recipe   python eval_linear.py --weights out/byol-demo-rho2/backbone.pth
+         random clip per video and epoch, cropped and flipped, and tested on 10 clips x 3 crops per
+         video, whose softmax is averaged. --cached trains and tests it on the features of a few
+         clips per video, which are extracted once.
+kNN      k = 20, cosine similarity s of features averaged over views, votes exp(s / 0.07).
+Differs  In the released code BN runs in training mode while the classifier is trained (--adapt-bn).
+         Here it runs in eval, so that every tensor of the backbone is frozen.
+Recipe   python eval_linear.py --weights out/byol-demo-rho2
          torchrun --nproc_per_node=8 eval_linear.py --weights backbone.pth --data kinetics
 """
 
+import contextlib
+import copy
+import functools
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from collections import OrderedDict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from torch import nn
+from torchvision.transforms.v2.functional import to_pil_image
 
 import common
+from common import arg
 
-# --- recipe
+# --- config
 
 
-class Recipe:  # name = paper, demo  # meaning, which is the text of --help
-    weights = "", ""  # file of a backbone, needed, or random: one that has learned nothing
-    val = "", ""  # folder or list of the test videos; none: the folder val beside train in --data
-    extract = "", ""  # NPZ file: write features, labels, paths of the --data in order, and stop
-    allow_missing = False, False  # leave videos out that cannot be read, and say how many
-    backbone = "", ""  # network; none: as the weights were trained, as are the next three
-    frames = 0, 0  # frames of a clip, 0 = as trained
-    stride = 0, 0  # from one frame to the next, in 1/30 s, 0 = as trained
-    size = 0, 0  # height and width of a clip in training, in pixels, 0 = as trained
-    test_size = 0, 0  # and in testing, 0 = 256/224 of that
-    test_clips = 10, 10  # of a video, evenly over its length
-    test_crops = 3, 3  # of a clip, evenly along its long side
-    cached_clips = 4, 4  # of a video, one crop each, for kNN and --cached
-    cached = False, True  # extract features once; train and test the classifier on them
-    augment = "crop,flip", "crop,flip"  # in training without --cached; none: the middle
-    adapt_bn = False, False  # BN in training mode, as in the released code
-    epochs = 60, 60  # passes over the videos
-    batch_size = 64, 64  # videos of a step, over all processes
-    optimizer = "sgd", "sgd"  # lars, sgd or adamw
-    lr = 0.5, 0.5  # per 64 videos
-    warmup_epochs = 8.0, 8.0  # of linear warm-up, 0 = none; in proportion to the epochs
-    weight_decay = 0.0, 0.0  # 0 = none
-    batch_norm = "plain", "plain"  # sync: over all GPUs; plain: over each GPU's share
+@dataclass
+class Evaluation(common.Config):
+    """The flags that eval_linear.py and finetune.py share."""
+
+    rho = 1
+    timespan = None
+    num_views = 1
+    short_side = (math.inf, math.inf)  # fill_settings derives it from the size
+
+    weights: str = arg("", "pre-trained backbone or a run's folder")
+    val: str = arg("", "folder or list of the test videos; else found in or beside --data")
+    allow_missing: bool = arg(False, "leave out videos that cannot be read, and count them")
+    backbone: str = arg("slow_r50", "the network; else as trained", choices=common.BACKBONES)
+    frames: int = arg(8, "frames per clip; else as trained")
+    stride: int = arg(8, "temporal stride, in frames at 30 fps; else as trained")
+    size: int = arg(224, "crop size in training, in pixels; else as trained")
+    test_size: int = arg(0, "crop size in testing, in pixels (0: 256/224 of --size)")
+    test_clips: int = arg(10, "clips per test video, evenly over its length")
+    test_crops: int = arg(3, "crops per test clip, evenly along its long side")
+    batch_size: int = arg(64, "global batch size, in videos")
+    optimizer: str = arg("sgd", "the optimizer", choices=common.OPTIMIZERS)
+
+
+@dataclass
+class Config(Evaluation):
+    sync_bn = False
+
+    weights: str = arg("", "pre-trained backbone, a run's folder, or `random` (required)")
+    extract: str = arg("", "NPZ file: write features, labels and paths of --data there, and stop")
+    neighbours: str = arg("", "PNG file: a picture of six test videos and the nearest in training")
+    cached: bool = arg(False, "train and test the classifier on features that are extracted once")
+    cached_clips: int = arg(4, "clips per video, one crop each, for kNN and --cached")
+    augment: str = arg("crop,flip", "in training without --cached; none: the middle")
+    adapt_bn: bool = arg(False, "BN in training mode without --cached, as in the released code")
+    epochs: int = arg(60, "passes over the videos")
+    lr: float = arg(0.5, "peak learning rate per 64 videos, scaled with the videos of a step")
+    warmup: float = arg(8 / 60, "linear warm-up, as a share of the run")
+    weight_decay: float = arg(0.0, "weight decay")
+
+
+DEMO = dict(backbone="tiny", frames=8, stride=4, size=32, cached=True)
+
+
+# --- weights
+
+
+def fill_settings(cfg):
+    """Take what the flags do not say from the settings in the file of --weights, and derive
+    short_side, test_size and out. A run's folder becomes its backbone.pth."""
+    name = cfg.weights or "scratch"
+    if cfg.weights not in ("", "random"):
+        path = Path(cfg.weights)
+        if path.is_dir():
+            path = path / "backbone.pth"
+        name = path.stem
+        if name in ("backbone", "last"):
+            name = path.absolute().parent.name
+        cfg.weights = str(path)
+        try:
+            content = common.read_file(path)
+        except ValueError as error:
+            common.fail(error)
+        saved = {}
+        if isinstance(content, dict):
+            saved = content.get("config") or content.get("cfg")  # of backbone.pth, of last.pth
+        if isinstance(saved, dict):
+            for setting in {"backbone", "frames", "stride", "size"} & saved.keys() - cfg.given:
+                setattr(cfg, setting, saved[setting])
+        if cfg.backbone not in common.BACKBONES:
+            common.fail(f"{path} is of a backbone that is not in common.py: {cfg.backbone}")
+    cfg.short_side = tuple(round(cfg.size * side / 224) for side in (256, 320))
+    cfg.test_size = cfg.test_size or common.test_size(cfg.size)
+    if "out" not in cfg.given:
+        data = f"{common.data_name(cfg)}-" if cfg.data else ""
+        cfg.out = f"out/{cfg.script}-{data}{name}"
+
+
+def load(network, cfg):
+    """Load --weights into a backbone; "" and "random" leave it as it is."""
+    if cfg.weights in ("", "random"):
+        common.print_main(f"WARN the backbone starts from random weights (seed {cfg.seed})")
+        return
+    try:
+        count = load_weights(network, cfg.weights)
+    except ValueError as error:
+        common.fail(error)
+    common.print_main(f"weights: {count} of {count} backbone tensors from {cfg.weights}")
+
+
+PREFIXES = ("", "backbone.", "encoder.backbone.", "features.", "module.")  # in the files we read
+PYTORCHVIDEO = {  # its names -> the released code's
+    r"^blocks\.0\.conv\.": "s1.pathway0_stem.conv.",
+    r"^blocks\.0\.norm\.": "s1.pathway0_stem.bn.",
+    r"^blocks\.(\d)\.res_blocks\.": lambda match: f"s{int(match[1]) + 1}.pathway0_res",
+    r"(branch.)_conv\.": r"\1.",
+    r"(branch.)_norm\.": r"\1_bn.",
+    r"conv_([abc])\.": r"\1.",
+    r"norm_([abc])\.": r"\1_bn.",
+}
+
+
+def load_weights(network, path):
+    """Load a backbone from our backbone.pth or last.pth, the released contrastive .pyth (its query
+    network) or classifier, pytorchvideo's slow_r50, or torchvision's r2plus1d_18 or s3d.
+
+    Returns the number of tensors, which is all of the backbone's; raises ValueError, one line, if
+    one is missing, of another shape, or not finite."""
+    content = common.read_file(path)
+    for key in ("model_state", "state_dict", "model"):
+        if isinstance(content, dict) and key in content:
+            content = content[key]
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no state dict")
+    state = {k: v for k, v in content.items() if isinstance(k, str) and torch.is_tensor(v)}
+    if any("res_blocks" in name for name in state):
+        for pattern, name in PYTORCHVIDEO.items():
+            state = {re.sub(pattern, name, key): tensor for key, tensor in state.items()}
+    wanted = network.state_dict()
+    found = {}
+    for prefix in PREFIXES:
+        here = {name: state[prefix + name] for name in wanted if prefix + name in state}
+        found = max(found, here, key=len)
+    part = f"{path} has {len(found)} of the backbone's {len(wanted)} tensors"
+    for name, tensor in wanted.items():
+        if name not in found:
+            raise ValueError(f"{part}; {name} is missing")
+        if found[name].shape != tensor.shape:
+            raise ValueError(f"{part}; {name} is of shape {(*found[name].shape,)}")
+        if not found[name].isfinite().all():
+            raise ValueError(f"{path}: {name} is not finite")
+    network.load_state_dict(found)
+    return len(found)
+
+
+# --- test videos and results
+
+
+def test_set(cfg, dataset):
+    """The videos to test on, with the classes of the training videos `dataset`.
+
+    Ends the process if there are none, or where labels do not fit; warns of classes without a test
+    video and of videos that are in both sets."""
+    source = cfg.val or common.find_data(cfg)[1]
+    if not source:
+        common.fail("no test videos: give --val, or --data with train/ and val/")
+    paths, labels = common.list_videos(source, "val")
+    if not paths:  # a list without splits
+        paths, labels = common.list_videos(source)
+    if not paths:
+        common.fail(f"--val: no videos in {source}")
+    if unknown := set(labels) - set(dataset.classes) - {""}:
+        common.fail(f"--val has a class that the training videos lack: {min(unknown)}")
+    test = dataset.subset(paths, labels)
+    for flag, part in (("--data", dataset), ("--val", test)):
+        for index in np.flatnonzero(part.labels < 0):
+            words = "has videos without a label (a class folder, or a column of a list)"
+            common.fail(f"{flag} {words}: {part.path(index)}")
+    if len(dataset.classes) < 2:
+        words = "at least two classes are needed"
+        common.fail(f"--data has one class, {dataset.classes[0]}: {words}")
+    if absent := sorted(set(dataset.classes) - set(labels)):
+        common.print_main(f"WARN no test video of class {absent[0]} ({len(absent)} such)")
+    train = {Path(dataset.path(index)).resolve() for index in range(len(dataset))}
+    if both := train & {Path(path).resolve() for path in paths}:
+        words = f"{len(both)} videos are in --data and in --val, such as {min(both)}"
+        common.print_main(f"WARN {words}")
+    common.print_main(f"test: {len(test)} videos")
+    return test
+
+
+def labelled_outputs(network, test_clips, allow_missing):
+    """Run the network on all readable videos; return outputs (n, ...) and labels (n,)."""
+    outputs, indices = common.extract_features(network, test_clips, allow_missing)
+    return outputs, torch.from_numpy(test_clips.dataset.labels)[indices]
+
+
+def accuracies(scores, labels, classes):
+    """Accuracies in percent of scores (n, classes), given labels (n,) and the classes' names:
+    {"top1", "top5", "per_class": {name: top 1} of the classes that occur}."""
+    top = scores.topk(min(5, len(classes))).indices  # (n, 5)
+    hits = 100.0 * (top == labels[:, None])  # (n, 5)
+    result = {"top1": round(hits[:, 0].mean().item(), 2)}
+    result["top5"] = round(hits.sum(1).mean().item(), 2)
+    each = {name: hits[labels == number, 0] for number, name in enumerate(classes)}
+    result["per_class"] = {k: round(part.mean().item(), 2) for k, part in each.items() if len(part)}
+    return result
+
+
+def write_result(cfg, result, summary):
+    """Write a result, with what it takes to repeat it, to result.json; print a line of summary and
+    the path."""
+    result = result | {name: getattr(cfg, name) for name in ("weights", "backbone", "seed")}
+    result |= {"command": shlex.join(sys.argv), "versions": common.versions()}
+    text = json.dumps(result, indent=1) + "\n"
+    path = f"{cfg.out}/result.json"
+    common.write_file(path, lambda file: file.write(text.encode()))
+    common.print_main(f"{summary}\n{path}")
+
+
+def write_features(path, videos, features, indices):
+    """NPZ of features (n, D), labels (n,) and paths (n,) of videos, in the order of their list."""
+    rows = {"features": features.numpy(), "labels": videos.labels[indices]}
+    rows["paths"] = np.array([videos.path(index) for index in indices])
+    common.write_file(path, functools.partial(np.savez, **rows))
+    common.print_main(f"{path}: features of {len(indices)} of {len(videos)} videos")
+
+
+def write_neighbours(path, bank, queries, side=160):
+    """Picture of test videos, a row for each of six classes, and the five training videos nearest
+    by cosine. bank, queries: (videos, features (n, D), indices (n,)) of training, of testing."""
+    videos, features, indices = bank
+    tests, test_features, test_indices = queries
+    picture = Image.new("RGB", (6 * side, 6 * (side + 28)))
+    _, first = np.unique(tests.labels[test_indices], return_index=True)  # of each class
+    for row, query in enumerate(first[:6]):
+        cosine = F.cosine_similarity(test_features[query], features, dim=-1)  # (n,)
+        nearest = indices[cosine.topk(min(5, len(indices))).indices].tolist()
+        shown = [(tests, int(test_indices[query]))] + [(videos, index) for index in nearest]
+        for column, (source, index) in enumerate(shown):
+            with contextlib.closing(source.open(index, side)) as reader:
+                frames = torch.from_numpy(reader.read([reader.duration / 2]))  # (1, H, W, 3)
+            square = common.cut_squares(frames[None], side, 1)[0, :, 0]  # (3, side, side)
+            x, y = column * side, row * (side + 28)
+            picture.paste(to_pil_image(square), (x, y))
+            names = source.classes[source.labels[index]], os.path.basename(source.path(index))
+            text = "\n".join(name[-26:].encode("ascii", "replace").decode() for name in names)
+            ImageDraw.Draw(picture).text((x + 2, y + side), text, font_size=11)
+    common.write_file(path, functools.partial(picture.save, format="PNG"))
+    common.print_main(f"{path}: test videos and their nearest training videos")
 
 
 # --- method
 
 
-def sample_clips(duration, span, rho, timespan, rng):
-    """Start times (seconds) of rho clips: i.i.d. uniform, within `timespan` of each other."""
-    first, last = 0.0, max(0.0, duration - span)
-    if timespan is not None and timespan < last:
-        first = rng.uniform(0.0, last - timespan)
-        last = first + timespan
-    return rng.uniform(first, last, size=rho).tolist()
+def sample_clips(duration, clip_seconds, rho, timespan, rng):
+    """Start times (seconds) of rho clips: i.i.d. uniform."""
+    return rng.uniform(0.0, max(0.0, duration - clip_seconds), size=rho)
 
 
 class Probe(nn.Module):
-    def __init__(self, args, classes):
+    def __init__(self, cfg, classes):
         super().__init__()
-        backbone = common.backbone(args.backbone).requires_grad_(False)
+        backbone = common.backbone(cfg.backbone).requires_grad_(False)
         linear = nn.Linear(backbone.feature_dim, classes)
         nn.init.normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)
         self.encoder = nn.Sequential(OrderedDict(backbone=backbone, linear=linear))
 
     def forward(self, clips):
-        """(B, 1, 3, T, H, W) -> features (B, 1, D), scores of the classes (B, classes)."""
+        """(B, 1, 3, T, H, W) -> features (B, 1, D), scores of the classes (B, classes), float32."""
         with torch.no_grad():
-            features = common.per_view(self.encoder.backbone, clips)
+            features = common.encode_views(self.encoder.backbone, clips)
         with torch.autocast(clips.device.type, enabled=False):  # rounded scores would tie
             return features, self.encoder.linear(features[:, 0])
 
+    def softmax(self, views):
+        """Views of a video (views, 3, T, S, S) -> (classes,), the average."""
+        _, scores = self(views[:, None])
+        return scores.softmax(-1).mean(0)
+
 
 def assert_frozen(backbone, before, adapt_bn):
-    """No tensor of the backbone has moved; with adapt_bn none but BN's statistics."""
-    names = dict(backbone.named_parameters()) if adapt_bn else before
+    """No tensor of the backbone has moved; with adapt_bn none but BN's running statistics."""
+    weights = dict(backbone.named_parameters())
     for name, tensor in backbone.state_dict().items():
-        assert name not in names or torch.equal(tensor, before[name]), f"{name} has moved"
+        if name in weights or not adapt_bn:
+            assert torch.equal(tensor, before[name]), f"{name} has moved"
 
 
-def cached_probe(args, train, labels, test, classes):
-    """Train a linear classifier on rows (n, views, D) of features, standardised by their mean and
-    deviation; returns its softmax on others, averaged over their views: (m, classes)."""
-    mean, deviation = train.mean((0, 1)), train.std((0, 1)) + 1e-6
-    train, test = (train - mean) / deviation, (test - mean) / deviation
+def cached_probe(cfg, train, labels, test, classes):
+    """Train a linear classifier on features (n, views, D), standardised by their mean and standard
+    deviation; return its softmax on the test features, averaged over their views: (m, classes)."""
+    mean = train.mean((0, 1))
+    std = train.std((0, 1)) + 1e-6
+    train = (train - mean) / std
+    test = (test - mean) / std
     linear = nn.Linear(train.shape[-1], classes)
     nn.init.zeros_(linear.weight)
-    optimizer, rng = common.make_optimizer(linear, args), np.random.default_rng(args.seed)
-    steps = max(1, len(train) // args.batch_size)  # of an epoch
-    for step in range(args.epochs * steps):
+    optimizer = common.make_optimizer(linear, cfg)
+    rng = np.random.default_rng(cfg.seed)
+    steps = cfg.epochs * max(1, len(train) // cfg.batch_size)
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = common.learning_rate(args, step / steps)
-        rows, views = rng.integers(((len(train),), (train.shape[1],)), size=(2, args.batch_size))
-        F.cross_entropy(linear(train[rows, views]), labels[rows]).backward()
-        optimizer.step()
+            group["lr"] = common.learning_rate(cfg, step / steps)
+        rows = rng.integers(len(train), size=cfg.batch_size)
+        views = rng.integers(train.shape[1], size=cfg.batch_size)
+        loss = F.cross_entropy(linear(train[rows, views]), labels[rows])
         optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     return linear(test).softmax(-1).mean(1).detach()
 
 
-def test_videos(source, videos):
-    """The videos to test on, their classes numbered as in training. Ends the run where a label is
-    missing; warns of classes without a test video and of videos that are in both sets."""
-    val = common.Videos(source, videos.classes, "--val")
-    for name, part in (("--data", videos), ("--val", val)):
-        if (part.labels < 0).any():
-            first = part[int((part.labels < 0).argmax())]
-            common.fail(f"{name} has videos without a label (a class folder, or a tab): {first}")
-    if len(videos.classes) < 2:
-        common.fail(f"--data has one class, {videos.classes[0]}: there is nothing to tell apart")
-    if absent := set(range(len(videos.classes))) - set(val.labels):
-        name = videos.classes[min(absent)]
-        common.say(f"WARN no test video of class {name} ({len(absent)} such)")
-    both = {Path(path).resolve() for path in videos} & {Path(path).resolve() for path in val}
-    if both:
-        common.say(f"WARN {len(both)} videos are in --data and in --val, such as {min(both)}")
-    common.say(f"test: {len(val)} videos")
-    return val
+def probe_on_clips(cfg, dataset, model):
+    """Train the classifier on clips, the backbone frozen; return whether training is finished."""
+    common.fit_to_videos(cfg, len(dataset))
+    model.encoder.backbone.train(cfg.adapt_bn)
+    network = common.wrap_ddp(model, cfg)
+    optimizer = common.make_optimizer(model, cfg)
+    run = common.Run(cfg, dataset, model, optimizer, chance=math.log(len(dataset.classes)))
+    for batch in run.batches():
+        with common.autocast():
+            features, scores = network(batch["clips"])  # (B, 1, D), (B, classes), float32
+        loss = F.cross_entropy(scores, batch["label"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.record(loss, features=features)
+    model.eval()
+    return run.finished
 
 
-def labelled(args, videos, network, clips, crops=1):
-    """What a network makes of the videos that can be read, and their labels: (n, ...), (n,)."""
-    outputs, problems = common.evaluate(args, videos, network, clips, crops)
-    for problem in problems:
-        common.say(f"WARN left out: {problem}")
-    read = outputs.flatten(1).isfinite().all(1)
-    return outputs[read], torch.from_numpy(videos.labels)[read]
+# --- evaluation
 
 
-def report(args, classes, nearest, scores, labels, expected):
-    """Print accuracies in percent of softmax scores (n, classes) and kNN, and write them, with what
-    it takes to repeat them, to result.json. n videos of the expected ones could be read."""
-    hits = scores.argmax(-1) == labels  # (n,)
-    five = (scores.topk(min(5, len(classes))).indices == labels[:, None]).any(-1)
-    each = {name: hits[labels == i] for i, name in enumerate(classes) if (labels == i).any()}
-    percent = lambda part: round(100 * part.float().mean().item(), 2)  # noqa: E731
-    protocol = f"cached features, {args.cached_clips} clips x 1 crop, BN in eval"
-    if not args.cached:
-        views = f"{args.test_clips} clips x {args.test_crops} crops at {args.test_size}"
-        norm = "adapted" if args.adapt_bn else "in eval"
-        protocol = f"{args.epochs} epochs of random clips; {views}; BN {norm}"
-    result = {"knn_top1": round(nearest, 2), "linear_top1": percent(hits)}
-    result |= {"linear_top5": percent(five), "n": len(labels)}
-    result["missing"] = expected - len(labels)
-    result |= {"classes": len(classes), "protocol": protocol}
-    result["views"] = args.cached_clips if args.cached else args.test_clips * args.test_crops
-    result |= {name: getattr(args, name) for name in ("weights", "backbone", "seed")}
-    result |= {"command": shlex.join(sys.argv), "versions": common.versions()}
-    common.say(json.dumps(result))
-    result["per_class"] = {name: percent(part) for name, part in each.items()}
-    text = json.dumps(result, indent=1) + "\n"
-    common.write(f"{args.out}/result.json", lambda file: file.write(text.encode()))
-    common.say(f"done: {args.out}/result.json")
+def extract(cfg, backbone, videos):
+    """Features (n, views, D) of the videos that can be read, and their indices (n,); only the mean
+    over the views, (n, 1, D), unless --cached takes each as a sample."""
+
+    def encode(views):  # (views, 3, T, S, S) -> (views, D)
+        features = backbone(views)
+        return features if cfg.cached else features.mean(0, keepdim=True)
+
+    clips = common.TestClips(videos, cfg.cached_clips, size=cfg.test_size)
+    return common.extract_features(encode, clips, cfg.allow_missing)
 
 
-def write_features(args, videos, backbone):
-    """NPZ of features (n, D), averaged over the views, labels (n,), paths (n,), in list order."""
-    path, folder = args.extract, os.path.dirname(args.extract) or "."
-    there = os.path.exists(path) and not os.path.isfile(path)  # a folder or a device
-    if there or not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        common.fail(f"--extract {path}: cannot write a file there")
-    features, problems = common.evaluate(args, videos, backbone, args.cached_clips)
-    for problem in problems:
-        common.say(f"WARN left out: {problem}")
-    read = np.flatnonzero(features.flatten(1).isfinite().all(1))
-    rows = {"features": features[read].mean(1).numpy(), "labels": videos.labels[read]}
-    rows["paths"] = np.array([videos[int(i)] for i in read])
-    common.write(path, lambda file: np.savez(file, **rows))
-    common.say(f"wrote {path}: features of {len(read)} of {len(videos)} videos")
-
-
-# --- training
+def report(cfg, test, knn, scores, labels):
+    """Write and print the accuracies of kNN and of softmax scores (n, classes), given labels (n,),
+    where n of the test videos could be read."""
+    views = cfg.cached_clips
+    protocol = f"cached features, {views} clips x 1 crop, BN in eval"
+    if not cfg.cached:
+        views = cfg.test_clips * cfg.test_crops
+        crops = f"{cfg.test_clips} clips x {cfg.test_crops} crops at {cfg.test_size}"
+        norm = "adapted" if cfg.adapt_bn else "in eval"
+        protocol = f"{cfg.epochs} epochs of random clips; {crops}; BN {norm}"
+    n, classes = scores.shape
+    linear = accuracies(scores, labels, test.classes)
+    result = {"knn_top1": round(knn, 2), "linear_top1": linear["top1"]}
+    result |= {"linear_top5": linear["top5"], "n": n, "missing": len(test) - n, "classes": classes}
+    result |= {"protocol": protocol, "views": views, "per_class": linear["per_class"]}
+    summary = f"linear {linear['top1']:.1f} %  kNN {knn:.1f} %"
+    write_result(
+        cfg, result, f"{summary}  ({n} videos, {classes} classes, chance {100 / classes:.1f} %)"
+    )
 
 
 def main(argv=None):
-    args, videos = common.start(Recipe, argv)
-    for flag in ("adapt-bn", "show-views"):
-        if args.cached and getattr(args, flag.replace("-", "_")):
-            common.fail(f"--{flag} is about training on clips: it needs --no-cached")
-    val = None if args.extract else test_videos(args.val, videos)
-    model = Probe(args, max(1, len(videos.classes)))
-    common.load(model.encoder.backbone, args)
-    network = common.distribute(model, args)
-    backbone, optimizer = model.eval().encoder.backbone, common.make_optimizer(model, args)
-    if args.extract:
-        return write_features(args, videos, backbone)
-    if not args.cached:
-        before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-        backbone.train(args.adapt_bn)
-        chance = math.log(len(videos.classes))
-        for step in common.train(args, videos, model, optimizer, sample_clips, chance):
-            with step.autocast():
-                features, scores = network(step.clips)  # (B, 1, D), (B, classes), float32
-            loss = F.cross_entropy(scores, step.labels)
-            loss.backward()
-            step.update(loss, features=features)
-            if step.ends_epoch:
-                assert_frozen(backbone, before, args.adapt_bn)
-        if not args.finished:
+    cfg = common.parse_args(Config, DEMO, argv)
+    if not cfg.weights:
+        common.fail("--weights is missing: a file, a run's folder, or random")
+    if cfg.adapt_bn and cfg.cached:
+        common.fail("--adapt-bn is about training on clips: it needs --no-cached")
+    if min(cfg.cached_clips, cfg.test_clips, cfg.test_crops) < 1:
+        common.fail("--cached-clips, --test-clips and --test-crops must be 1 or more")
+    for path in (cfg.extract, cfg.neighbours):
+        if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+            common.fail(f"cannot write a file {path}")
+    fill_settings(cfg)
+    common.init_distributed(cfg)
+    dataset = common.VideoClips(cfg, sample_clips)
+    test = None if cfg.extract else test_set(cfg, dataset)
+    model = Probe(cfg, max(1, len(dataset.classes))).to(common.device()).eval()
+    backbone = model.encoder.backbone
+    load(backbone, cfg)
+    if cfg.extract:
+        features, indices = extract(cfg, backbone, dataset)
+        write_features(cfg.extract, dataset, features.mean(1), indices)
+        return
+    if not cfg.cached:
+        before = copy.deepcopy(backbone.state_dict())
+        finished = probe_on_clips(cfg, dataset, model)
+        assert_frozen(backbone, before, cfg.adapt_bn)
+        if not finished:
             return
-        softmax = lambda x: model(x[:, None])[1].softmax(-1).mean(0)  # noqa: E731
-        model.eval()
-        tested = labelled(args, val, softmax, args.test_clips, args.test_crops)
-        backbone.load_state_dict(before)  # for kNN, as it came
-    views = backbone if args.cached else lambda x: backbone(x).mean(0, keepdim=True)
-    train, train_labels = labelled(args, videos, views, args.cached_clips)  # (n, views, D), (n,)
-    test, labels = labelled(args, val, views, args.cached_clips)
-    nearest = common.knn(train.mean(1), train_labels, test.mean(1), labels)
-    common.say(f"kNN: {nearest:.2f} % of {len(labels)} videos")
-    if args.cached:
-        tested = cached_probe(args, train, train_labels, test, len(videos.classes)), labels
-    report(args, videos.classes, nearest, *tested, len(val))
+        clips = common.TestClips(test, cfg.test_clips, cfg.test_crops, cfg.test_size)
+        scores, labels = labelled_outputs(model.softmax, clips, cfg.allow_missing)
+        backbone.load_state_dict(before)  # kNN is of the backbone as it came
+    train, indices = extract(cfg, backbone, dataset)
+    queries, test_indices = extract(cfg, backbone, test)
+    train_labels = torch.from_numpy(dataset.labels)[indices]
+    labels = torch.from_numpy(test.labels)[test_indices]
+    knn = common.knn_accuracy(train.mean(1), train_labels, queries.mean(1), labels)
+    if cfg.neighbours:
+        bank = dataset, train.mean(1), indices
+        write_neighbours(cfg.neighbours, bank, (test, queries.mean(1), test_indices))
+    if cfg.cached:
+        scores = cached_probe(cfg, train, train_labels, queries, len(dataset.classes))
+    report(cfg, test, knn, scores, labels)
 
 
 if __name__ == "__main__":

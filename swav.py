@@ -148,7 +148,7 @@ def assign(scores, epsilon, iterations, queue_scores=None):
 
 
 @torch.no_grad()
-def enqueue(model, z):
+def enqueue_features(model, z):
     """Replace the oldest features of each view's queue by z (W * B, V, D) of all ranks."""
     N = model.queue.shape[1]
     places = (model.enqueued + torch.arange(len(z), device=z.device)) % N
@@ -188,7 +188,7 @@ def main(argv=None):
         optimizer.step()
         normalize_prototypes(model.prototypes)
         if cfg.feature_queue:
-            enqueue(model, common.gather(z.detach()))
+            enqueue_features(model, common.gather(z.detach()))
         run.record(loss, features=z)
 
 

@@ -1,12 +1,12 @@
 """What the tests share: a data set of little videos, and a way to run code in several processes."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
 import socket
 import sys
 import traceback
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 
 METHODS = ["simclr", "moco", "byol", "swav"]
 SMALL = """--small --backbone tiny --frames 4 --stride 4 --size 16 --batch-size 6 --epochs 2
-    --warmup-epochs 0.5 --workers 0 --log-every 2""".split()
+    --warmup 0.25 --workers 0 --log-every 2""".split()
 
 
 def pytest_configure(config):
@@ -48,10 +48,12 @@ def small(folder, tmp_path):
     return ["--data", str(folder), "--out", str(tmp_path / "out"), *SMALL]
 
 
-def arguments(recipe, **changes):
-    """The demo's arguments of a script, without a command line."""
-    lines = {k: v[1] for k, v in vars(recipe).items() if not k.startswith("_")}
-    return Namespace(**{**lines, "views": 2, "low_memory": False, "compile": False, **changes})
+def arguments(script, **changes):
+    """The Config of a script's demo with some fields changed, without a command line."""
+    cfg = script.Config(**{**script.DEMO, **changes})
+    cfg.given = {field.name for field in dataclasses.fields(cfg)}  # nothing is chosen for it
+    cfg.script = script.__name__
+    return cfg
 
 
 def result_of(argv):

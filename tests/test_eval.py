@@ -26,7 +26,7 @@ import moco
 import simclr
 import swav
 from conftest import METHODS, ROOT, SMALL, arguments, result_of, run_ranks
-from videos import make_video, read_counter
+from videos import make_video
 
 # --- backbones and weights
 
@@ -233,36 +233,6 @@ def test_wrong_weights_are_refused(kind, tmp_path, monkeypatch):
 
 
 # --- test views and kNN
-
-
-def test_views_are_where_the_protocol_says(tmp_path):
-    """10 clips start at i/10 of the last possible start; a clip's frames are a stride apart."""
-    path = make_video(tmp_path / "a.mp4", n=120, size=(96, 64))
-    args = Namespace(frames=4, stride=5, size=64)
-    _, x, _ = common._test_views(args, [path], 10, 1, 0)
-    assert x.shape == (10, 3, 4, 64, 64)
-    _, x, _ = common._test_views(args, [path], 10, 3, 0)
-    assert x.shape == (30, 3, 4, 64, 64)
-    left, right = x[:10], x[20:]
-    wide = torch.cat([left[..., :48], right[..., 16:]], dim=-1)  # the outer crops hold it all
-    last = 4.0 - 4 * 5 / 30
-    for clip, start in zip(
-        wide.permute(0, 2, 3, 4, 1).numpy(), last * np.arange(10) / 10, strict=True
-    ):
-        seen = [read_counter(frame) for frame in clip]
-        assert seen == [int((start + i * 5 / 30 + 1e-3) * 30) for i in range(4)]
-    assert torch.equal(x[10:20][..., :48], left[..., 16:])  # the middle one lies between them
-
-
-def test_portrait_is_cropped_along_its_height(tmp_path):
-    """Three crops of a portrait video: top, middle, bottom."""
-    path = make_video(tmp_path / "a.mp4", n=20, size=(64, 96))
-    _, x, _ = common._test_views(Namespace(frames=1, stride=1, size=64), [path], 1, 3, 0)
-    whole = torch.cat([x[0, ..., :48, :], x[2, ..., 16:, :]], dim=-2)
-    assert read_counter(whole[:, 0].permute(1, 2, 0).numpy()) == 0
-    assert torch.equal(x[1, ..., :48, :], x[0, ..., 16:, :])
-    _, central, _ = common._test_views(Namespace(frames=1, stride=1, size=64), [path], 1, 1, 0)
-    assert torch.equal(central[0], x[1])  # the one crop of --cached
 
 
 @pytest.mark.parametrize("n", [7, 30, 300])

@@ -365,37 +365,6 @@ def test_key_frame_is_in_the_middle_of_its_clip(tmp_path):
     assert read_counters(clip) == [900, 901, 901, 901, 902, 902, 902, 902]
 
 
-def test_boxes_follow_crop_and_flip(tmp_path):
-    """In 12 random views, some of them flipped, the box is where the light rectangle is, cut at the
-    edges; a whole picture has it at its shares."""
-
-    def rectangle(counter, width, height):
-        picture = np.zeros((height, width, 3), np.uint8)
-        picture[height // 4 : height // 2, width // 10 : width // 2] = 255
-        return picture
-
-    path = make_video(tmp_path / "a.mp4", n=10, size=(160, 96), draw=rectangle)
-    videos = common.Videos([(path, "")])
-    videos.moments = np.array([900.0])
-    videos.boxes = np.array([[[0.1, 0.25, 0.5, 0.5], [0, 0, 0, 0]]], np.float32)
-    args = Namespace(frames=2, stride=1, size=64, short_side=(72, 90), views=1, seed=0)
-    args.augment = "crop,flip"
-    crop, rest = common._operators(args)
-    lefts = []
-    for epoch in range(12):
-        views, seeds, _, boxes, _ = common._views(
-            args, videos, finetune.around, crop, (epoch, 0), []
-        )
-        (clip,) = common._augment(views[None], seeds[None], rest)  # (1, 3, T, H, W)
-        light = (clip[0, 0, 0] > 0).nonzero()
-        (y1, x1), (y2, x2) = light.amin(0).tolist(), (light.amax(0) + 1).tolist()
-        found = boxes[0, 0].tolist()
-        assert np.abs(np.subtract(found, [x1, y1, x2, y2])).max() <= 1.5, (epoch, found)
-        lefts.append(x1)
-    assert min(lefts) == 0 and max(lefts) > 20  # cut at the left edge, and in the right half
-    assert common._boxes(videos, 0, 96, 160).tolist()[0] == [16, 24, 80, 48]
-
-
 def test_detector_on_slow_r50():
     """res5 has stride 1 and dilation 2, so that a map cell is 16 pixels, also of pictures whose
     width is no multiple; names and shapes of the weights stay; a box gets the maximum of its 7 x 7
@@ -534,24 +503,6 @@ def test_ava_loss_is_over_real_boxes():
     assert target.shape == (2, 4, 80) and target.isnan().sum() == 5 * 80
     loss = finetune.multi_label_loss(scores, target)
     assert loss.item() == pytest.approx(np.mean(terms), rel=1e-5)
-
-
-def test_how_views_are_joined(monkeypatch):
-    """Charades takes each class's largest sigmoid over the views, the others mean softmaxes."""
-    views, joined = torch.tensor([[0.0, 2.0, -1.0], [3.0, -2.0, 0.0]]), []
-
-    def labelled(args, videos, network, *rest):
-        joined.append(network(views))
-        return torch.rand(2, 157), torch.tensor([0, 1])
-
-    monkeypatch.setattr(finetune, "labelled", labelled)
-    monkeypatch.setattr(finetune, "annotate", lambda *_: [[(0, 0.0, 1.0)], []])
-    args = Namespace(dataset="charades", test_clips=2, test_crops=1)
-    for test in (finetune.test_charades, finetune.test_classes):
-        test(args, lambda clips: (None, clips[:, 0]), [0, 1], range(157))
-    e = np.exp(views.numpy())
-    assert joined[0].numpy() == pytest.approx((e / (1 + e)).max(0))
-    assert joined[1].numpy() == pytest.approx((e / e.sum(1, keepdims=True)).mean(0))
 
 
 @pytest.mark.parametrize("action", ["c157 1.0 2.0", "c-1 1.0 2.0", "stand 1 2", "c004"])

@@ -1,4 +1,7 @@
-"""Each loss against a loop from its definition, closed forms, and the image method at V = 2."""
+"""Each loss against a loop from its definition, closed forms, and the image method at V = 2.
+
+Losses normalise their inputs themselves; the keys of MoCo's queue have unit length already.
+"""
 
 import math
 
@@ -12,6 +15,7 @@ import byol
 import moco
 import simclr
 import swav
+from conftest import arguments, refused
 
 B, D, K = 5, 7, 11  # primes, so that a wrong axis shows
 VIEWS = [2, 3, 4]
@@ -20,6 +24,12 @@ VIEWS = [2, 3, 4]
 def unit(*shape, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def stretched(x, seed=0):
+    """The same directions with other lengths."""
+    lengths = torch.rand(*x.shape[:-1], 1, generator=torch.Generator().manual_seed(seed))
+    return x * (0.1 + 5 * lengths.to(x.dtype))
 
 
 def pairs(V):
@@ -36,7 +46,9 @@ def test_nt_xent_is_its_definition(V):
             math.exp(z[b, i] @ z[c, v] / t) for c in range(B) for v in range(V) if c != b
         )
         total -= math.log(positive / (positive + negatives))
-    assert simclr.nt_xent(z, t).item() == pytest.approx(total / len(pairs(V)), abs=1e-12)
+    for inputs in (z, stretched(z)):
+        loss = simclr.nt_xent(inputs, t).item()
+        assert loss == pytest.approx(total / len(pairs(V)), abs=1e-12)
 
 
 @pytest.mark.parametrize("V", VIEWS)
@@ -48,17 +60,20 @@ def test_info_nce_is_its_definition(V, length):
         positive = math.exp(q[b, i] @ k[b, j] / t)
         negatives = sum(math.exp(q[b, i] @ n / t) for n in queue)
         total -= math.log(positive / (positive + negatives))
-    loss = moco.info_nce(q, k, queue, t).item()
-    assert loss == pytest.approx(total / len(pairs(V)), abs=1e-12)
+    for queries, keys in [(q, k), (stretched(q), stretched(k, seed=1))]:
+        loss = moco.info_nce(queries, keys, queue, t).item()
+        assert loss == pytest.approx(total / len(pairs(V)), abs=1e-12)
 
 
 @pytest.mark.parametrize("V", VIEWS)
 def test_regression_loss_is_its_definition(V):
     """BYOL: the squared distance of unit vectors, prediction of i to target projection of j."""
-    q, k, total = 3 * unit(B, V, D), 5 * unit(B, V, D, seed=1), 0.0
+    q, k, total = unit(B, V, D), unit(B, V, D, seed=1), 0.0
     for b, i, j in pairs(V):
-        total += (q[b, i] / q[b, i].norm() - k[b, j] / k[b, j].norm()).square().sum().item()
-    assert byol.regression_loss(q, k).item() == pytest.approx(total / len(pairs(V)), abs=1e-12)
+        total += (q[b, i] - k[b, j]).square().sum().item()
+    for prediction, target in [(q, k), (stretched(q), stretched(k, seed=1))]:
+        loss = byol.regression_loss(prediction, target).item()
+        assert loss == pytest.approx(total / len(pairs(V)), abs=1e-12)
 
 
 @pytest.mark.parametrize("V", VIEWS)
@@ -160,6 +175,24 @@ def test_queue_wraps():
                 count += 1
         assert model.queue.flatten().tolist() == expected
         assert model.enqueued == count
+
+
+@pytest.mark.parametrize(
+    "script, flag", [(moco, "--queue 0"), (swav, "--prototypes 1"), (swav, "--prototypes 0")]
+)
+def test_nothing_to_tell_apart(script, flag, small, capfd):
+    """Without keys, or with one prototype, there is nothing to learn: refused."""
+    assert flag.split()[0] in refused(script, [*small, *flag.split()], capfd)
+
+
+def test_keys_counted_are_in_the_checkpoint():
+    """MoCo: how many keys were enqueued is part of the model's state, as a Python int in use."""
+    cfg = arguments(moco, queue=5)
+    model, other = moco.MoCo(cfg), moco.MoCo(cfg)
+    moco.enqueue(model, unit(4, 2, 64).float())
+    other.load_state_dict(model.state_dict())
+    assert other.enqueued == 8 and type(other.enqueued) is int
+    assert torch.equal(other.queue, model.queue)
 
 
 def test_lightly_agrees():
