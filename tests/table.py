@@ -59,6 +59,7 @@ CLASSROOM = """1 | BYOL | byol-rho2-seed0
 5 | the whole video | simclr-rho2-seed0
 6 | SimCLR, one scene, rho 1 | class-scenes1-rho1
 6 | one scene, rho 2 | class-scenes1-rho2
+6 | one scene, random weights | class-scenes1-random
 6 | four scenes, rho 1 | simclr-rho1-seed0
 6 | four scenes, rho 2 | simclr-rho2-seed0
 7 | SwAV | swav-rho2-seed0
