@@ -238,6 +238,18 @@ def decoding():
     return markdown(heads, rows)
 
 
+def rebuild():
+    """Losses of the demo's first steps before and after the rebuild, from rebuild.jsonl."""
+    rows = []
+    for method, name in METHODS.items():
+        at = {line["step"]: line for line in log("rebuild") if line["method"] == method}
+        pairs = [f"{at[s]['before']:.4f} / {at[s]['after']:.4f}" for s in (1, 10, 30, 60)]
+        differences = [abs(m["after"] / m["before"] - 1) for m in at.values() if m["before"]]
+        rows.append([name, *pairs, f"{max(differences):.0e}"])
+    heads = "", *[f"step {step}" for step in (1, 10, 30, 60)], "largest relative difference"
+    return markdown(heads, rows)
+
+
 def study_rho():
     return markdown(["rho", *METHODS.values()], [[rho, *row] for rho, row in STUDY.items()])
 
@@ -249,7 +261,7 @@ def study_epochs():
 def tables():
     """{name: table} of all tables."""
     functions = first, demo_short, losses_short, demo, halves, losses, classroom, finetuned
-    functions += decoding, study_rho, study_epochs
+    functions += decoding, rebuild, study_rho, study_epochs
     return {function.__name__: function() for function in functions}
 
 
