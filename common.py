@@ -1189,15 +1189,15 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
 
 
 def knn_sets(dataset):
-    """[queries, bank] for kNN while training: every fifth training video with a label, and the
-    others; at most 1000 and 4000 of them, 2 clips of each."""
+    """[bank, queries] for kNN while training: every fifth training video with a label is a query,
+    the others are the bank; at most 4000 and 1000 of them, 2 clips of each."""
     labelled = np.flatnonzero(dataset.labels >= 0)[:5000]
     if len(labelled) < 2:
         print_main("WARN no labels (class folders, or lists with labels): no kNN accuracy")
         return []
     queries = labelled[::5]
     bank = np.setdiff1d(labelled, queries)
-    return [TestClips(dataset, 2, indices=part) for part in (queries, bank)]
+    return [TestClips(dataset, 2, indices=part) for part in (bank, queries)]
 
 
 # --- the run

@@ -18,8 +18,8 @@ import eval_linear
 import finetune
 from videos import make_video, read_counter
 
-NO_WARMUP = ["--warmup-epochs", "0"]
-STILL_TARGET = ["--momentum", "1"]  # BYOL's and MoCo's second network stays as it began
+NO_WARMUP = ["--warmup", "0"]
+STILL_TARGET = ["--target-momentum", "1"]  # BYOL's and MoCo's second network stays as it began
 NETWORKS = {"online": "encoder.backbone.", "target": "target.backbone."}  # names in last.pth
 MEAN, STD = 0.45, 0.225  # of a pixel, as a network sees it
 
@@ -43,15 +43,15 @@ def replaced(place, **values):
 def batches_of(method, argv):
     """Run a script; what it was fed, step by step: epoch from 0, numbers and labels of the videos
     (B,), clips (B, V, 3, T, H, W), starts in seconds, (B, V) or (B, V, T); numpy arrays."""
-    found, train = [], common.train
+    found, batches = [], common.Run.batches
 
-    def recorded(*args):
-        for step in train(*args):
-            arrays = step.numbers, step.labels, step.clips, step.starts
-            found.append(Batch(int(step.epoch), *(x.numpy().copy() for x in arrays)))
-            yield step
+    def recorded(run):
+        for batch in batches(run):
+            arrays = [batch[name] for name in ("index", "label", "clips", "starts")]
+            found.append(Batch(int(run.epoch), *(x.numpy().copy() for x in arrays)))
+            yield batch
 
-    with replaced(common, train=recorded):
+    with replaced(common.Run, batches=recorded):
         importlib.import_module(method).main(argv)
     return found
 
@@ -79,22 +79,22 @@ def passes_of(script, argv):
 @contextlib.contextmanager
 def own_backbone(name, make):
     """A further --backbone."""
-    common._BACKBONES[name] = make
+    common.BACKBONES[name] = make
     try:
         yield
     finally:
-        del common._BACKBONES[name]
+        del common.BACKBONES[name]
 
 
 def scores_of(argv):
     """Run eval_linear.py; scores (n, classes) of the test videos, and their labels (n,)."""
-    found, report = [], eval_linear.report
+    found, accuracies = [], eval_linear.accuracies
 
-    def recorded(args, classes, nearest, scores, labels, expected):
+    def recorded(scores, labels, classes):
         found.extend([scores, labels])
-        report(args, classes, nearest, scores, labels, expected)
+        return accuracies(scores, labels, classes)
 
-    with replaced(eval_linear, report=recorded):
+    with replaced(eval_linear, accuracies=recorded):
         eval_linear.main(argv)
     return found
 
@@ -111,9 +111,7 @@ def targets_of(argv):
         return entropy(scores, target, *args, **more)
 
     def recorded_align(maps, parts, *args, **more):
-        real = [part[(part[:, 2:] > part[:, :2]).all(1)] for part in parts]  # the others fill up
-        clip = [torch.full((len(part),), b) for b, part in enumerate(real)]
-        boxes.append((torch.cat(real).numpy(), torch.cat(clip).numpy()))
+        boxes.append((parts[:, 1:].numpy().copy(), parts[:, 0].int().numpy().copy()))
         return align(maps, parts, *args, **more)
 
     with (
