@@ -50,7 +50,8 @@ def arg(default, help, choices=None):
     """A field of a Config, which is a flag: its default, its text in --help, the values it takes.
 
     The type is the default's; a tuple takes several values."""
-    options = {"help": f"{help} [{default}]".replace("%", "%%"), "metavar": "X"}
+    metavar = None if choices else "X"  # None: argparse lists the choices
+    options = {"help": f"{help} [{default}]".replace("%", "%%"), "metavar": metavar}
     if isinstance(default, bool):
         options = {"help": help, "action": argparse.BooleanOptionalAction}
     elif isinstance(default, tuple):
@@ -121,6 +122,8 @@ def parse_args(config, demo, argv=None):
     if given.get("small") or not given.get("data"):
         settings = {**demo, **given}
     cfg = config(**settings)
+    if cfg.data:
+        cfg.data = os.path.normpath(cfg.data)  # with a slash at the end it is the same folder
     cfg.given = set(given)
     cfg.script = Path(module.__file__).stem
     cfg.out = cfg.out or f"out/{cfg.script}-{data_name(cfg)}-rho{cfg.rho}"
@@ -994,6 +997,8 @@ def write_file(path, save):
     """save(file), on rank 0. Whoever reads, after a kill too, finds the old file or the new one."""
     if rank() > 0:
         return
+    if os.path.exists(path) and not os.path.isfile(path):  # a device would be replaced
+        fail(f"cannot write {path}: it is no regular file", code=1)
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:

@@ -45,23 +45,6 @@ from common import arg
 # --- config
 
 
-@dataclasses.dataclass
-class Config(eval_linear.Evaluation):  # the paper's numbers for UCF101 and HMDB51
-    dataset: str = arg("folder", "folder, kinetics, ucf101, hmdb51, ssv2, charades or ava")
-    recipe: str = arg("paper", "whose settings", choices=("paper", "released"))
-    split: int = arg(1, "of ucf101 and hmdb51: 1, 2 or 3")
-    boxes: str = arg("", "ava: csv of detected boxes to test on; none: the annotated ones")
-    box_score: float = arg(0.8, "ava: least score of a detected box")
-    augment: str = arg("crop,flip", "also tint (gray and color jitter), or none")
-    dropout: float = arg(0.8, "before the classifier (released)")
-    epochs: int = arg(200, "passes over the videos")
-    lr: float = arg(0.025, "peak learning rate per 64 videos")
-    lr_steps: tuple[float, ...] = arg((0.3, 0.6, 0.9), "shares of the run: lr / 10; 0: cosine")
-    warmup: float = arg(0.0, "linear warm-up, as a share of the run (released)")
-    weight_decay: float = arg(0.0, "weight decay, on all weights but BN's (released)")
-    sync_bn: bool = arg(True, "on GPUs: BN over all ranks (released)")
-
-
 # The paper's numbers where nothing else is said. A flag wins.
 SETTINGS = {"folder": {}, "ucf101": {}, "hmdb51": {}}
 SETTINGS["kinetics"] = dict(epochs=196, lr=0.1, lr_steps=(), warmup=34 / 196)  # released, as the
@@ -79,6 +62,24 @@ RELEASED["hmdb51"] = RELEASED["ucf101"]  # here: there is no released config
 # Charades/SLOWFAST_16x8_R50, lr 0.0375 per 16 videos; its warm-up is unverified
 RELEASED["charades"] = dict(epochs=57, lr=0.15, lr_steps=(41 / 57, 49 / 57), warmup=4 / 57)
 
+
+@dataclasses.dataclass
+class Config(eval_linear.Evaluation):  # the paper's numbers for UCF101 and HMDB51
+    dataset: str = arg("folder", "the data set", choices=tuple(SETTINGS))
+    recipe: str = arg("paper", "whose settings", choices=("paper", "released"))
+    split: int = arg(1, "of ucf101 and hmdb51: 1, 2 or 3")
+    boxes: str = arg("", "ava: csv of detected boxes to test on; none: the annotated ones")
+    box_score: float = arg(0.8, "ava: least score of a detected box")
+    augment: str = arg("crop,flip", "also tint (gray and color jitter), or none")
+    dropout: float = arg(0.8, "before the classifier (released)")
+    epochs: int = arg(200, "passes over the videos")
+    lr: float = arg(0.025, "peak learning rate per 64 videos")
+    lr_steps: tuple[float, ...] = arg((0.3, 0.6, 0.9), "shares of the run: lr / 10; 0: cosine")
+    warmup: float = arg(0.0, "linear warm-up, as a share of the run (released)")
+    weight_decay: float = arg(0.0, "weight decay, on all weights but BN's (released)")
+    sync_bn: bool = arg(True, "on GPUs: BN over all ranks (released)")
+
+
 # here: what learns in seconds on a CPU
 DEMO = dict(backbone="tiny", stride=4, size=32, test_clips=4, test_crops=1, dropout=0.0, epochs=40)
 DEMO |= dict(batch_size=40, optimizer="adamw", lr=4.8e-3, warmup=0.075, weight_decay=1e-4)
@@ -87,11 +88,12 @@ DEMO |= dict(lr_steps=(), recipe="demo")
 
 def use_settings(cfg):
     """Take the settings of the data set, of the recipe, of weights, where no flag was given."""
-    if cfg.dataset not in SETTINGS:
-        common.fail(f"--dataset {cfg.dataset}: one of {', '.join(SETTINGS)}")
     for flag, fits in (("boxes", cfg.dataset == "ava"), ("val", cfg.dataset not in PARSERS)):
         if getattr(cfg, flag) and not fits:
             common.fail(f"--{flag} does not go with --dataset {cfg.dataset}")
+    unfit = {"rotate", "noise", "sobel"} & set(cfg.augment.split(","))
+    if cfg.dataset == "ava" and unfit:
+        common.fail(f"--augment {min(unfit)} does not go with boxes")
     if cfg.dataset in PARSERS and not cfg.data:
         common.fail(f"--data is missing: {cfg.dataset} has no demo")
     script = ""
@@ -210,10 +212,12 @@ def read_people(text, least=0.0):
     is the score, at least so much (released ava_helper.py, line 63), the action empty or -1."""
     frames = {}
     for film, second, *rest in csv.reader(text.splitlines()):
-        if not rest or (least and float(rest[-1]) < least):  # nobody is there
+        if not rest:  # nobody is there
             continue
         *box, action, person = rest
         x1, y1, x2, y2 = map(float, box)
+        if least and float(person) < least:
+            continue
         if not (-0.1 < x1 < x2 < 1.1 and -0.1 < y1 < y2 < 1.1):
             raise ValueError(f"a box of {film} is none in shares of width and height: {box}")
         people = frames.setdefault((film, int(float(second))), {})
@@ -307,7 +311,7 @@ class AVA(Annotated):
             times = common.frame_times(start, self.cfg.frames, self.cfg.stride)  # (1, T)
             clip = torch.from_numpy(reader.read(times)[0]).permute(0, 3, 1, 2)
         height, width = clip.shape[2:]
-        boxes = person_labels(people, ())[0] * (width, height, width, height)
+        boxes = person_labels(people, range(80))[0] * (width, height, width, height)
         canvas = {"format": "XYXY", "canvas_size": (height, width)}
         return clip, BoundingBoxes(boxes, dtype=torch.float32, **canvas)
 

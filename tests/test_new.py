@@ -69,7 +69,7 @@ REASONS = {
     "augmentation": "a mistake in the augmentation",
     "record": "a mistake in the record",
     "number": "only one element tensors",
-    "worker": "exited unexpectedly|killed by signal",
+    "worker": "DataLoader worker|Connection",
 }
 
 
