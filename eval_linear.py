@@ -1,7 +1,6 @@
 """Linear probe and kNN: what a frozen backbone has learned.
 
-Measures How many test videos are classified correctly from the backbone's features: by the votes
-         of the nearest training videos, and by a linear classifier.
+Measures Test videos that kNN and a linear classifier on the backbone's features get right.
 Protocol Feichtenhofer et al., 2021 (arXiv 2104.14558), section 4: the classifier is trained on one
          random clip per video and epoch, cropped and flipped, and tested on 10 clips x 3 crops,
          whose softmax is averaged. --cached: on features of a few clips, extracted once.
@@ -133,9 +132,8 @@ PYTORCHVIDEO = {  # its names -> the released code's
 
 
 def load_weights(network, path):
-    """Load a backbone from our backbone.pth or last.pth, the released contrastive .pyth (its query
-    network) or classifier, pytorchvideo's slow_r50, or torchvision's r2plus1d_18 or s3d. Returns
-    the number of tensors. Raises ValueError, one line, unless all of the backbone's are there."""
+    """Load a backbone of ours, the released .pyth (of contrastive ones the query network),
+    pytorchvideo's or torchvision's. Returns the number of tensors; ValueError unless all fit."""
     content = common.read_file(path)
     for key in ("model_state", "state_dict", "model"):
         if isinstance(content, dict) and key in content:
@@ -188,7 +186,6 @@ def test_set(cfg, dataset):
     train = {Path(dataset.path(index)).resolve() for index in range(len(dataset))}
     if both := train & {Path(path).resolve() for path in paths}:
         common.print_main(f"WARN {len(both)} videos are in --data and --val, such as {min(both)}")
-    common.print_main(f"test: {len(test)} videos")
     return test
 
 
@@ -318,8 +315,7 @@ def assert_frozen(backbone, before):
 
 
 def cached_probe(cfg, train, labels, test, classes):
-    """Train a linear classifier on features (n, views, D), standardised by their mean and standard
-    deviation; return its softmax on the test features, averaged over their views: (m, classes)."""
+    """Train on standardised features (n, views, D); return softmax on others, (m, classes)."""
     mean = train.mean((0, 1))
     std = train.std((0, 1)) + 1e-6
     train = (train - mean) / std
@@ -348,6 +344,7 @@ def probe_on_clips(cfg, dataset, model):
     network = common.wrap_ddp(model, cfg)
     optimizer = common.make_optimizer(model, cfg)
     run = common.Run(cfg, dataset, model, optimizer, chance=math.log(len(dataset.classes)))
+    assert_frozen(model.encoder.backbone, before)  # a resumed run has the weights of --weights
     for batch in run.batches():
         with common.autocast():
             features, scores = network(batch["clips"])  # (B, 1, D), (B, classes), float32

@@ -288,8 +288,7 @@ def test_charades_on_two_ranks_is_charades_on_one(argv, charades, tmp_path):
 
 def parsed(words):
     cfg = common.parse_args(finetune.Config, finetune.DEMO, words.split())
-    eval_linear.fill_settings(cfg)
-    finetune.use_settings(cfg)
+    finetune.use_settings(cfg, eval_linear.fill_settings(cfg))
     return cfg
 
 
@@ -396,12 +395,12 @@ def test_ava_lists(ava):
     assert len(train) == 12
     assert all(Path(path).exists() for path in finetune.listed_videos(cfg, "train")[0])
     left, right = (0.05, 0.1, 0.45, 0.9), (0.55, 0.1, 0.95, 0.9)
-    name, (key, people) = train[0]
+    name, (key, boxes, labels) = train[0]
     assert name == "-a_5BBWC4.mp4" and key == ("-a_5BBWC4", 902)
-    assert [box[:4] for box in people] == [left, right]
-    assert [*people.values()] == [[11, 63], [79]]
-    assert [*train[3][1][1].values()] == [[79], [11, 63]]
-    keys = [(name[1], second) for name, ((_, second), _) in test]
+    assert boxes.tolist() == [[*left], [*right]] and labels.shape == (2, 80)
+    assert np.argwhere(labels).tolist() == [[0, 11], [0, 63], [1, 79]]
+    assert np.argwhere(train[3][1][2]).tolist() == [[0, 79], [1, 11], [1, 63]]
+    keys = [(name[1], second) for name, ((_, second), _, _) in test]
     assert keys == [("e", 902), ("e", 904), ("f", 902), ("f", 903), ("f", 904)]
     names = {11: "stand", 79: "watch (a person)", 0: "bend/bow (at the waist)"}
     assert finetune.ava_classes(cfg) == names
@@ -417,11 +416,11 @@ def test_ava_detections(least, ava, tmp_path):
     (tmp_path / "boxes.csv").write_text("\n".join(lines) + "\n")
     boxes = str(tmp_path / "boxes.csv")
     cfg = settings(dataset="ava", data=str(ava), boxes=boxes, box_score=least)
-    ((name, (key, people)),) = finetune.listed(cfg, "test")
+    ((name, (key, boxes, labels)),) = finetune.listed(cfg, "test")
     assert (name, key) == ("-e_5BBWC4.mp4", ("-e_5BBWC4", 902))
-    expected = [(0.1, 0.1, 0.4, 0.9), (0.6, 0.1, 0.9, 0.9), (0.5, 0.1, 0.9, 0.9)]
+    expected = [[0.1, 0.1, 0.4, 0.9], [0.6, 0.1, 0.9, 0.9], [0.5, 0.1, 0.9, 0.9]]
     expected = expected[: 2 if least == 0.9 else 3]
-    assert [box[:4] for box in people] == expected and not any(people.values())
+    assert boxes.tolist() == expected and not labels.any()
 
 
 def test_key_frame_is_in_the_middle_of_its_clip(tmp_path):
@@ -429,7 +428,7 @@ def test_key_frame_is_in_the_middle_of_its_clip(tmp_path):
     taken; the same second of a whole film is at 902 s."""
     cut = make_video(tmp_path / "cut.mp4", n=150, fps=30)
     film = make_video(tmp_path / "film.mp4", n=1300, fps=1, size=(48, 32), codec="mpeg4")
-    note = (("cut", 902), {(0.1, 0.1, 0.9, 0.9, "0"): [5]})
+    note = (("cut", 902), *finetune.person_labels({(0.1, 0.1, 0.9, 0.9, "0"): [5]}))
     cfg = settings(dataset="ava", frames=8, stride=8)
     dataset = finetune.AVA(cfg, [str(cut), str(film)], [note, note])
     clips = [dataset.whole(i, 32)[0].permute(0, 2, 3, 1).numpy() for i in (0, 1)]
@@ -449,8 +448,8 @@ def test_boxes_follow_crop_and_flip(tmp_path):
     path = make_video(tmp_path / "a.mp4", n=10, size=(160, 96), draw=rectangle)
     cfg = settings(dataset="ava", frames=2, stride=1, size=64)
     cfg.short_side = (72, 90)
-    people = {(0.1, 0.25, 0.5, 0.5, "7"): [3, 5]}
-    dataset = finetune.AVA(cfg, [str(path)], [(("a", 900), people)])
+    people = finetune.person_labels({(0.1, 0.25, 0.5, 0.5, "7"): [3, 5]})
+    dataset = finetune.AVA(cfg, [str(path)], [(("a", 900), *people)])
     lefts = []
     for epoch in range(12):
         item = dataset[epoch, 0]
@@ -592,7 +591,8 @@ def test_ava_loss_is_over_real_boxes():
     """A batch has the boxes of all its clips in a row, each with its clip's row, and their targets:
     the loss is that of a loop over the three boxes and 80 classes."""
     box = (0.1, 0.1, 0.9, 0.9)
-    notes = [(("a", 1), {(*box, "0"): [0, 79], (*box, "1"): []}), (("b", 1), {(*box, "0"): [5]})]
+    people = [{(*box, "0"): [0, 79], (*box, "1"): []}, {(*box, "0"): [5]}]
+    notes = [(("a", 1), *finetune.person_labels(there)) for there in people]
     dataset = finetune.AVA(settings(dataset="ava"), ["a", "b"], notes)
     items = []
     for i in (1, 0):
