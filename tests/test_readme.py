@@ -342,6 +342,13 @@ def test_flags_of_the_readme():
         assert named <= known, (page, named - known)
 
 
+def test_backbones_of_the_readme():
+    """The README names every backbone, with its number of parameters in millions."""
+    for name in common.BACKBONES:
+        count = sum(p.numel() for p in common.backbone(name).parameters())
+        assert re.search(rf"`{name}` \({count / 1e6:.1f} M", README), name
+
+
 def test_slow_tests_wait_to_be_asked(capfd):
     """A plain pytest runs all tests but the slow ones, and -m slow runs these and nothing else."""
     files = [str(ROOT / f"tests/test_{name}.py") for name in ("slow", "readme")]
