@@ -174,7 +174,6 @@ def init_distributed(cfg):
     print_main(f"not the defaults: {', '.join(changed)}")
 
 
-@atexit.register  # after the import of torch: handlers run last in, first out
 def _leave():
     """Workers ignore SIGTERM (see worker_init), so Python would wait for them for ever at exit."""
     for child in multiprocessing.active_children():
@@ -183,6 +182,9 @@ def _leave():
             child.join()
     if dist.is_initialized() and not hasattr(sys, "last_value"):  # else others may never answer
         dist.destroy_process_group()
+
+
+atexit.register(_leave)  # after the import of torch: handlers run last in, first out
 
 
 def versions():
@@ -207,7 +209,8 @@ def device():
 
 def autocast():
     """bfloat16 on GPUs that compute in it; float32 on others and on a CPU, where it is slow."""
-    enabled = torch.cuda.is_available() and torch.cuda.is_bf16_supported(False)  # no emulation
+    on_gpu = device().type == "cuda"
+    enabled = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device().type, torch.bfloat16, enabled=enabled)
 
 
@@ -641,9 +644,8 @@ def worker_init(_=None):
 
 
 def _loader(cfg, dataset, **how):
-    pin = device().type == "cuda"
-    how |= {"num_workers": cfg.workers, "worker_init_fn": worker_init, "pin_memory": pin}
-    return DataLoader(dataset, **how)
+    how |= {"num_workers": cfg.workers, "worker_init_fn": worker_init}
+    return DataLoader(dataset, pin_memory=torch.cuda.is_available(), **how)
 
 
 # --- augmentation
@@ -1125,16 +1127,19 @@ class Run:
         self.step = 0
         self.losses = []  # of each step since the last line of the log, on the device
         self.bad_videos = []  # why each cannot be read
-        self.log_path = Path(cfg.out, "log.jsonl")
+        self.out = Path(cfg.out)
+        self.log_path = self.out / "log.jsonl"
         self.lines = []  # of the log
         self.log_bytes = 0
         self.waited = 0.0  # seconds, for data
         self.warned = set()
         self.stop_asked = False
-        self.resume(Path(cfg.out, "last.pth"))
+        self.resume(self.out / "last.pth")
         labelled = np.flatnonzero(dataset.labels >= 0)
         self.knn_clips = TestClips(dataset, 2, indices=labelled[:5000])
         self.knn_every = getattr(cfg, "knn_every", 0) if len(labelled) > 1 else 0
+        views = f"{cfg.batch_size} videos x {cfg.num_views} views"
+        print_main(f"model: {cfg.backbone}; batch: {views}")
         if self.total < 200:
             print_main(f"WARN only {self.total} steps: a network learns little; more --epochs help")
         if left := len(dataset) % cfg.batch_size:
@@ -1242,7 +1247,7 @@ class Run:
         return losses
 
     def diverge(self, what):
-        Path(self.cfg.out, "diverged").touch()
+        (self.out / "diverged").touch()
         fail(f"{what}; the last checkpoint goes on with a --lr below {self.cfg.lr:g}", code=1)
 
     def log(self, knn=False):
@@ -1334,8 +1339,8 @@ class Run:
         state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
         backbone = {"state_dict": state, "config": settings | more}
         for name, content in (("backbone", backbone), ("last", last)):
-            write_file(f"{self.cfg.out}/{name}.pth", functools.partial(torch.save, content))
-        Path(self.cfg.out, "diverged").unlink(missing_ok=True)
+            write_file(self.out / f"{name}.pth", functools.partial(torch.save, content))
+        (self.out / "diverged").unlink(missing_ok=True)
 
     def resume(self, path):
         """Go on from last.pth if there is one, on all ranks from the same step."""
@@ -1356,7 +1361,7 @@ class Run:
         """End the process if a checkpoint is of another run; warn if the code has changed."""
         for name, now in self.settings().items():
             was = saved["cfg"].get(name)
-            lower = name == "lr" and now < was and Path(self.cfg.out, "diverged").exists()
+            lower = name == "lr" and now < was and (self.out / "diverged").exists()
             if was == now or name in FREE or lower:
                 continue
             if not name.endswith(".py"):
@@ -1369,7 +1374,7 @@ class Run:
     def clean_up(self):
         """Remove what was logged after the checkpoint, and what a save that was killed has left."""
         if rank() == 0:
-            for orphan in self.log_path.parent.glob("*.tmp"):
+            for orphan in self.out.glob("*.tmp"):
                 orphan.unlink()
             with open(self.log_path, "ab") as file:
                 file.truncate(min(file.tell(), self.log_bytes))

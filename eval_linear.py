@@ -40,7 +40,7 @@ class Evaluation(common.Config):  # the flags that finetune.py has too
     num_views = 1
     short_side = (math.inf, math.inf)  # fill_settings derives it from the size
 
-    weights: str = arg("", "pre-trained backbone or a run's folder")
+    weights: str = arg("", "pre-trained backbone or a run's folder; none: from scratch")
     val: str = arg("", "folder or list of the test videos; else found in or beside --data")
     allow_missing: bool = arg(False, "leave out videos that cannot be read, and count them")
     backbone: str = arg("slow_r50", "the network; else as trained", choices=common.BACKBONES)
@@ -77,14 +77,12 @@ DEMO = dict(backbone="tiny", frames=8, stride=4, size=32, cached=True)
 
 
 def fill_settings(cfg):
-    """Take what the flags do not say from the settings in the file of --weights, and derive
-    short_side, test_size and out. A run's folder becomes its backbone.pth. Returns those settings,
-    {} if the file has none."""
+    """Take what the flags do not say from the settings in the file of --weights, which it returns,
+    and derive short_side, test_size and out. A run's folder becomes its backbone.pth."""
     name, saved = cfg.weights or "scratch", {}
     if cfg.weights not in ("", "random"):
         path = Path(cfg.weights)
-        if path.is_dir():
-            path = path / "backbone.pth"
+        path = path / "backbone.pth" if path.is_dir() else path
         ours = path.name in ("backbone.pth", "last.pth")
         name = path.absolute().parent.name if ours else path.stem
         cfg.weights = str(path)
@@ -95,8 +93,7 @@ def fill_settings(cfg):
         if not isinstance(content, dict):
             common.fail(f"{path} holds no state dict")
         found = content.get("config") or content.get("cfg")  # of backbone.pth, of last.pth
-        if isinstance(found, dict):
-            saved = found
+        saved = found if isinstance(found, dict) else {}
         for setting in {"backbone", "frames", "stride", "size"} & saved.keys() - cfg.given:
             setattr(cfg, setting, saved[setting])
     cfg.short_side = tuple(round(cfg.size * side / 224) for side in (256, 320))

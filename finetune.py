@@ -45,20 +45,26 @@ from common import arg
 
 
 # The paper's numbers but where a comment says another's; lr is per 64 videos. A flag wins.
-SETTINGS = {"folder": {}, "ucf101": {}, "hmdb51": {}}  # as in Config
-SETTINGS["kinetics"] = dict(epochs=196, lr=0.1, lr_steps=(), warmup=34 / 196, recipe="released")
-SETTINGS["kinetics"] |= dict(weight_decay=1e-4, dropout=0.5)  # released: Kinetics/SLOW_8x8_R50
-SETTINGS["ssv2"] = dict(epochs=22, lr=0.12, lr_steps=(14 / 22, 18 / 22), augment="crop")
-SETTINGS["ssv2"] |= dict(warmup=0.19 / 22, weight_decay=1e-6, dropout=0.5)  # released
-SETTINGS["ssv2"] |= dict(test_clips=1, test_crops=1)
-SETTINGS["charades"] = dict(epochs=60, lr=0.2, lr_steps=(40 / 60, 50 / 60), warmup=5 / 60)
-SETTINGS["charades"] |= dict(frames=16, stride=8)
-SETTINGS["charades"] |= dict(weight_decay=1e-4, dropout=0.5)  # released
-SETTINGS["ava"] = dict(epochs=32, lr=0.3, lr_steps=(16 / 32, 24 / 32, 28 / 32))
-SETTINGS["ava"] |= dict(warmup=5.3 / 32, weight_decay=1e-7, dropout=0.5)  # released
-RELEASED = {"ava": dict(box_score=0.9)}
-RELEASED["ucf101"] = dict(lr=0.01, lr_steps=(), augment="crop,flip,tint")
-RELEASED["folder"] = RELEASED["hmdb51"] = RELEASED["ucf101"]  # here: they have no config
+SETTINGS = {
+    "folder": {},  # as in Config
+    "ucf101": {},
+    "hmdb51": {},
+    # of the released Kinetics/SLOW_8x8_R50
+    "kinetics": dict(epochs=196, lr=0.1, lr_steps=(), warmup=34 / 196, recipe="released")
+    | dict(weight_decay=1e-4, dropout=0.5),
+    "ssv2": dict(epochs=22, lr=0.12, lr_steps=(14 / 22, 18 / 22), augment="crop")
+    | dict(warmup=0.19 / 22, weight_decay=1e-6, dropout=0.5)  # released
+    | dict(test_clips=1, test_crops=1),
+    "charades": dict(epochs=60, lr=0.2, lr_steps=(40 / 60, 50 / 60), warmup=5 / 60)
+    | dict(weight_decay=1e-4, dropout=0.5)  # released
+    | dict(frames=16, stride=8),
+    "ava": dict(epochs=32, lr=0.3, lr_steps=(16 / 32, 24 / 32, 28 / 32))
+    | dict(warmup=5.3 / 32, weight_decay=1e-7, dropout=0.5),  # released
+}
+RELEASED = dict.fromkeys(  # here, for a folder and hmdb51: they have no config
+    ("folder", "ucf101", "hmdb51"), dict(lr=0.01, lr_steps=(), augment="crop,flip,tint")
+)
+RELEASED["ava"] = dict(box_score=0.9)
 # Charades/SLOWFAST_16x8_R50, lr 0.0375 per 16 videos; its warm-up is unverified
 RELEASED["charades"] = dict(epochs=57, lr=0.15, lr_steps=(41 / 57, 49 / 57), warmup=4 / 57)
 
@@ -250,8 +256,7 @@ def listed(cfg, part):
     try:
         found = PARSERS[cfg.dataset](cfg, part)
     except (OSError, LookupError, AttributeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        common.fail(f"--data {cfg.data}: cannot read a list of {cfg.dataset}: {reason}")
+        common.fail(f"--data {cfg.data}: cannot read a list of {cfg.dataset}: {error!r}")
     if not found:
         common.fail(f"--data {cfg.data}: a list of {cfg.dataset} is empty")
     return found
@@ -303,8 +308,7 @@ class AVA(Annotated):
     follow crop and flip, and their targets (M, 80)."""
 
     def target(self, index):
-        _, _, labels = self.notes[index]
-        return torch.from_numpy(labels).float()
+        return torch.from_numpy(self.notes[index][2]).float()
 
     def whole(self, index, short_side):
         """Whole pictures (T, 3, H, W) uint8 and boxes (M, 4) in pixels. A video of less than 20
@@ -463,9 +467,9 @@ def match_detections(boxes, scores, people, labels):
 def frame_precisions(frames):
     """Average precision at IoU 0.5 of each class, NaN where nobody has it; of frames (boxes,
     scores, people, labels), see match_detections."""
-    scores = np.concatenate([scores for _, scores, _, _ in frames])
+    scores = np.concatenate([frame[1] for frame in frames])
     right = np.concatenate([match_detections(*frame) for frame in frames])
-    totals = sum(labels.sum(0) for *_, labels in frames)
+    totals = sum(frame[3].sum(0) for frame in frames)
     columns = zip(scores.T, right.T, totals, strict=True)
     return [average_precision(*column, best=True) for column in columns]
 

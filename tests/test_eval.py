@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image, ImageDraw
 from pytorchvideo.models.resnet import create_resnet
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -572,6 +574,95 @@ def test_random_weights_are_asked_for(argv, capfd):
     assert "WARN the backbone starts from random weights" in capfd.readouterr().out
 
 
+def test_no_test_videos(argv, data, capfd):
+    """A folder without val/ beside it: what is missing is said."""
+    flags = [*argv, "--data", str(data / "val")]
+    assert "no test videos: give --val, or --data with train/ and val/" in refused(flags, capfd)
+
+
+def test_a_csv_with_splits(argv, data, tmp_path):
+    """The rows train are trained on, val or test are tested on, also with the list as --val; a csv
+    without splits is all for testing."""
+    rows = {part: sorted((data / part).rglob("*.mp4")) for part in ("train", "val")}
+    lines = [f"{path},{path.parent.name},{part}" for part in rows for path in rows[part]]
+    lines[-1] = lines[-1].removesuffix("val") + "test"
+    (tmp_path / "all.csv").write_text("\r\n".join(["path,label,split", *lines]))
+    lines = [f"{path},{path.parent.name}" for path in rows["val"]]
+    (tmp_path / "val.csv").write_text("\n".join(["path,label", *lines]))
+    expected = probe([*argv, "--cached"])
+    for flags in ([], ["--val", str(tmp_path / "all.csv")], ["--val", str(tmp_path / "val.csv")]):
+        result = probe([*argv, "--cached", "--data", str(tmp_path / "all.csv"), *flags])
+        for key in ("knn_top1", "linear_top1", "n", "per_class"):
+            assert result[key] == expected[key]
+
+
+def test_a_finished_probe_goes_on_to_testing(argv, tmp_path, capfd):
+    """The same command again trains nothing, and tests: also with other test views."""
+    flags = [*argv, "--no-cached", "--test-clips", "1"]
+    first = probe(flags)
+    saved = (tmp_path / "probe/last.pth").read_bytes()
+    capfd.readouterr()
+    assert {**probe(flags), "command": ""} == {**first, "command": ""}
+    assert "nothing was trained" in capfd.readouterr().out
+    assert probe([*flags, "--test-clips", "2"])["views"] == 6
+    assert (tmp_path / "probe/last.pth").read_bytes() == saved
+
+
+def test_weights_may_be_a_runs_folder(argv, weights, capfd):
+    """The folder, its backbone.pth and its last.pth give the same result, with the settings that
+    are in them; a folder without weights is refused."""
+    results = []
+    for path in (weights, weights.parent, weights.with_name("last.pth")):
+        results.append(probe([*argv, "--weights", str(path), "--cached"]))
+    assert results[1]["weights"] == str(weights)
+    for result in results:
+        assert {**result, "weights": "", "command": ""} == {
+            **results[0],
+            "weights": "",
+            "command": "",
+        }
+    assert "backbone.pth" in refused([*argv, "--weights", str(weights.parent.parent)], capfd)
+
+
+@pytest.mark.parametrize("mode", ["--cached", "--no-cached"])
+def test_neighbours(mode, hard, hard_argv, weights, tmp_path, monkeypatch):
+    """A row for each of six test videos: its middle frame, then those of the five training videos
+    that are nearest by cosine; the names below; the result is as without."""
+    names, draw = [], ImageDraw.ImageDraw.text
+
+    def text(self, xy, words, **more):
+        names.append((words, xy))
+        return draw(self, xy, words, **more)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    flags = [*hard_argv, mode, "--epochs", "2", "--neighbours", str(tmp_path / "n.png")]
+    assert probe([*flags, "--test-clips", "1"])["n"] == 13
+    picture = np.asarray(Image.open(tmp_path / "n.png")).astype(float)
+    assert picture.shape == (6 * 174, 6 * 160, 3) and len(names) == 36
+    network = common.backbone("tiny").eval()
+    eval_linear.load_weights(network, weights)
+
+    def features(path):
+        clips = common.read_clips(path, [i / 4 * 8 / 30 for i in range(4)], 4, 4, 18)
+        x = (torch.tensor(clips[:, :, :, 3:21]).permute(0, 4, 1, 2, 3) / 255 - 0.45) / 0.225
+        with torch.no_grad():
+            return network(x).mean(0).numpy()
+
+    bank = {path: features(path) for path in sorted((hard / "train").rglob("*.mp4"))}
+    tests = {path.name[:26]: path for path in (hard / "val").rglob("*.mp4")}
+    for row in range(6):
+        shown = [words.strip("'") for words, _ in names[6 * row : 6 * row + 6]]
+        q = features(tests[shown[0]])
+        cosine = {p: f @ q / np.linalg.norm(f) / np.linalg.norm(q) for p, f in bank.items()}
+        nearest = sorted(bank, key=cosine.get, reverse=True)[:5]
+        assert shown[1:] == [path.name for path in nearest]
+        for column, path in enumerate([tests[shown[0]], *nearest]):
+            assert names[6 * row + column][1] == (160 * column + 2, 174 * row + 160)
+            frame = common.read_clips(path, [0.4], 1, 1, 160)[0, 0]  # of 0.8 s, 213 pixels wide
+            drawn = picture[174 * row : 174 * row + 160, 160 * column : 160 * column + 160]
+            assert np.abs(drawn - frame[:, 26:186]).mean() < 1
+
+
 def test_labels_that_do_not_fit(argv, data, tmp_path, capfd):
     """Classes only in the test set, or no labels, are errors; an untested class and videos that are
     in both sets are warned of by name."""
@@ -631,22 +722,23 @@ def test_wrong_flags(wrong, argv, capfd):
     assert flag in error or value in error
 
 
-def test_backbone_opens_in_a_fresh_interpreter(weights, tmp_path):
+def test_backbone_opens_in_a_fresh_interpreter(weights, data, tmp_path):
     """The README's six lines, beside a common.py and nothing else of ours: the same features."""
     blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    code = next(block.split("```")[0] for block in blocks if "common.backbone" in block)
+    code = next(block.split("```")[0] for block in blocks if "import torch, common" in block)
     assert len(code.strip().splitlines()) <= 6
-    code = code.replace("out/byol-demo-rho2/backbone.pth", str(weights))
-    code += "print(features.tolist())\n"
+    code = re.sub(r'"out/[^"]*"', repr(str(weights)), code)
+    code = re.sub(r'"[^"]*\.mp4"', repr(str(next(data.rglob("*.mp4")))), code)
+    code += "print([clip.tolist(), features.tolist()])\n"
     (tmp_path / "common.py").write_bytes((ROOT / "common.py").read_bytes())
     run = [sys.executable, "-c", "import torch; torch.set_num_threads(1)\n" + code]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    network = common.backbone("tiny")
+    clip, features = map(torch.tensor, json.loads(done.stdout))
+    network = common.backbone("tiny").eval()
     eval_linear.load_weights(network, weights)
     with torch.no_grad():
-        expected = network.eval()(torch.zeros(1, 3, 8, 32, 32))
-    torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), expected)
+        torch.testing.assert_close(features, network(clip))
 
 
 # --- kNN while training
