@@ -1194,7 +1194,8 @@ class Run:
             return
         print_main(f"done, {self.step} of {self.total} steps: {cfg.out}/backbone.pth")
         if cfg.num_views > 1:
-            print_main(f"evaluate: python eval_linear.py --weights {cfg.out}")
+            flags = f"--weights {cfg.out} --data {cfg.data}".removesuffix(" --data ")
+            print_main(f"evaluate: python eval_linear.py {flags}{' --small' * cfg.small}")
 
     def ask_stop(self, *_):
         self.stop_asked = True
@@ -1224,7 +1225,8 @@ class Run:
         if rest == 0 and world_size() > 1:
             for buffer in self.model.buffers():  # BN statistics: of rank 0 from here on
                 dist.broadcast(buffer, 0)
-        stop = gather(torch.tensor([self.stop_asked])).any()  # on the CPU: no wait for the GPU
+        stops = gather(torch.tensor([int(self.stop_asked)]))  # on the CPU: no wait for the GPU
+        stop = stops.sum().item() > 0
         if self.knn_every and rest == 0 and (epochs % self.knn_every == 0 or self.finished):
             self.log(knn=True)
         elif self.finished or self.step % self.cfg.log_every == 0:

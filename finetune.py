@@ -176,9 +176,10 @@ def ssv2(cfg, part):
     """train.json and validation.json: [{"id", "template"}], a template with [brackets]; labels.json
     has it without, numbered from "0". Older releases: something-something-v2-train.json and so on.
     """
-    words = ("train" if part == "train" else "validation", "labels")
-    names = [(f"something-something-v2-{word}.json", f"{word}.json") for word in words]
-    entries, labels = (json.loads(official(cfg, *pair)) for pair in names)
+    entries, labels = (
+        json.loads(official(cfg, f"something-something-v2-{name}.json", f"{name}.json"))
+        for name in ("train" if part == "train" else "validation", "labels")
+    )
     templates = [entry["template"].replace("[", "").replace("]", "") for entry in entries]
     if unknown := set(templates) - set(labels):
         raise ValueError(f"no label {min(unknown)}")
@@ -256,7 +257,8 @@ def listed(cfg, part):
     try:
         found = PARSERS[cfg.dataset](cfg, part)
     except (OSError, LookupError, AttributeError, TypeError, ValueError) as error:
-        common.fail(f"--data {cfg.data}: cannot read a list of {cfg.dataset}: {error!r}")
+        reason = f"{type(error).__name__}: {error}"
+        common.fail(f"--data {cfg.data}: cannot read a list of {cfg.dataset}: {reason}")
     if not found:
         common.fail(f"--data {cfg.data}: a list of {cfg.dataset} is empty")
     return found
@@ -328,9 +330,13 @@ class AVA(Annotated):
         torch.default_generator.manual_seed(int(rng.integers(2**62)))  # the transforms draw from it
         clip, boxes = self.crop(clip, boxes)
         clip, boxes = self.color(v2.functional.to_dtype(clip, scale=True), boxes)
-        clips = common.normalize(clip).transpose(0, 1)[None]  # (1, 3, T, S, S)
-        item = {"clips": clips, "index": index, "starts": torch.zeros(1)}
-        return {**item, "boxes": boxes, "target": self.target(index)}
+        return {
+            "clips": common.normalize(clip).transpose(0, 1)[None],  # (1, 3, T, S, S)
+            "boxes": boxes,
+            "target": self.target(index),
+            "index": index,
+            "starts": torch.zeros(1),
+        }
 
     @staticmethod
     def collate(items):
@@ -349,8 +355,8 @@ class WholeClips(common.TestClips):
             clip, boxes = self.dataset.whole(index, self.size)
         except common.BadVideo as error:
             return {"index": index, "bad": str(error)}
-        item = {"clips": clip.transpose(0, 1)[None], "more": [F.pad(boxes, (1, 0))]}
-        return {**item, "index": index, "bad": ""}
+        clips, boxes = clip.transpose(0, 1)[None], F.pad(boxes, (1, 0))
+        return {"clips": clips, "more": [boxes], "index": index, "bad": ""}
 
 
 def make_datasets(cfg):
@@ -543,9 +549,8 @@ def report(cfg, dataset, result):
     """Print the result, and write it, with what it takes to repeat it, to result.json."""
     test = f"{cfg.test_clips} clips x {cfg.test_crops} crops at {cfg.test_size}"
     if cfg.dataset == "ava":
-        boxes = cfg.boxes or "annotated"
-        test = f"1 clip a key frame, whole pictures at {cfg.test_size}, boxes: {boxes}"
-    more = {
+        test = f"whole pictures at {cfg.test_size}, boxes: {cfg.boxes or 'annotated'}"
+    result |= {
         "missing": len(dataset) - result["n"],
         "protocol": f"{cfg.dataset}, {cfg.epochs} epochs of random clips, last epoch; {test}",
         "views": 1 if cfg.dataset == "ava" else cfg.test_clips * cfg.test_crops,
@@ -554,7 +559,7 @@ def report(cfg, dataset, result):
     }
     name, value = next(iter(result.items()))  # top1 or map
     size = f"({result['n']} videos, {result['classes']} classes, recipe: {cfg.recipe})"
-    eval_linear.write_result(cfg, result | more, f"{name} {value} %  {size}")
+    eval_linear.write_result(cfg, result, f"{name} {value} %  {size}")
 
 
 # --- training

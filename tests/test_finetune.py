@@ -69,6 +69,7 @@ def test_from_scratch_on_official_splits(dataset, split, argv, request, tmp_path
     result = result_of(argv)
     assert result["top1"] == 100 and result["n"] == 4 and result["classes"] == 2
     assert result["views"] == 6 and dataset in result["protocol"] and result["split"] == split
+    assert result["recipe"] == "paper"
     torch.manual_seed(0)
     start = finetune.Classifier(settings(backbone="tiny", dropout=0.2), 2)
     last = torch.load(tmp_path / "out/last.pth", weights_only=True)["model"]
@@ -319,6 +320,7 @@ def test_settings_of_a_data_set_and_flags_that_win():
     assert parsed("--data x --dataset ucf101 --lr-steps 0").lr_steps == ()
     cfg = parsed("--data x --dataset ssv2 --small")
     assert (cfg.epochs, cfg.augment) == (40, "crop")  # left and right are classes
+    assert parsed("--data x --small --recipe released").recipe == "demo"
     cfg = parsed("--data x --dataset ssv2 --small --augment crop,flip")
     assert cfg.augment == "crop,flip"
     cfg = parsed("--data x --dataset ava --epochs 8")  # steps are shares of the run
@@ -476,7 +478,8 @@ def test_detector_on_slow_r50():
     }
     for i, block in enumerate(backbone.s5):
         assert (block.branch2.b.dilation, block.branch2.b.stride) == ((1, 2, 2), (1, 1, 1))
-        assert (block.branch1.stride == (1, 1, 1)) if i == 0 else block.branch1 is None
+        if i == 0:  # the other blocks have no convolution in their shortcut
+            assert block.branch1.stride == (1, 1, 1)
     assert backbone.s4[0].branch2.b.stride == (1, 2, 2)
     clips = torch.randn(1, 1, 3, 2, 64, 72)
     boxes = torch.tensor([[0.0, 8, 8, 56, 40], [0, 0, 0, 72, 64]])

@@ -25,8 +25,7 @@ import byol
 import common
 import eval_linear
 from conftest import METHODS, arguments, run_ranks
-
-CUDA = torch.device("cuda")
+from fake_gpu import CUDA, move, with_bfloat16, yes
 
 
 class Transfers(TorchDispatchMode):
@@ -53,22 +52,6 @@ class Transfers(TorchDispatchMode):
         return result
 
 
-def yes(**_):
-    return True
-
-
-def move(mode, model):
-    """Module.to(CUDA): its registered tensors become fake ones on the GPU."""
-    with mode:
-        for module in model.modules():
-            for name, p in module.named_parameters(recurse=False):
-                fake = torch.empty(p.shape, dtype=p.dtype, device=CUDA)
-                setattr(module, name, torch.nn.Parameter(fake, p.requires_grad))
-            for name, b in module.named_buffers(recurse=False):
-                setattr(module, name, torch.empty(b.shape, dtype=b.dtype, device=CUDA))
-    return model
-
-
 class FakeGPU:
     """Lets a script's own main() run: from its first batch on tensors are fake; its backward pass
     is left out, and what it would leave is filled in."""
@@ -80,7 +63,7 @@ class FakeGPU:
         self.records = []  # loss, features, numbers of each step
         self.sent = []  # what a collective got
         monkeypatch.setattr(common, "device", lambda: CUDA)
-        monkeypatch.setattr(common, "autocast", self.autocast(common.autocast))
+        monkeypatch.setattr(common, "autocast", with_bfloat16(common.autocast))
         monkeypatch.setattr(common.Run, "batches", lambda run: self.batches(run))
         monkeypatch.setattr(common.Run, "record", lambda run, *a, **k: self.record(*a, **k))
         monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
@@ -88,15 +71,6 @@ class FakeGPU:
         monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda m, **_: m)
         monkeypatch.setattr(torch.Tensor, "backward", lambda loss: self.backward(loss))
         monkeypatch.setattr(dist, "all_gather", self.all_gather(dist.all_gather))
-
-    def autocast(self, original):
-        """As on a GPU that computes in bfloat16. For the rest torch must not believe it."""
-
-        def autocast():
-            with mock.patch.multiple(torch.cuda, is_available=yes, is_bf16_supported=yes):
-                return original()
-
-        return autocast
 
     def all_gather(self, original):
         def all_gather(parts, x):
