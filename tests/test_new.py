@@ -183,7 +183,7 @@ def test_max_steps_is_not_finished(small, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-@pytest.mark.parametrize("videos", [8, 13, 50, 100, 160, 1000, 16_000, 50_000])
+@pytest.mark.parametrize("videos", [8, 13, 50, 160, 1000, 1170, 16_000, 50_000])
 def test_batch_and_epochs_of_own_videos(videos, ranks, monkeypatch, capfd):
     """--small alone: the batch is the largest multiple of W up to min(40, n / 4), at least 2 W; at
     least 400 steps, and more than 1000 only if an epoch has more; both are printed."""
