@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import importlib.metadata
 import itertools
 import json
 import math
@@ -576,6 +577,17 @@ def cores_of_a_gpu(rho, videos_a_second):
     return VIDEOS / step_seconds, VIDEOS / step_seconds / videos_a_second
 
 
+def version_of(package):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return "not installed"
+
+
+def cpu_name():
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "?")
+
+
 def loader(quick, folder, videos, stride):
     """Videos a second of one worker: decoding, crop, resize, collating; CPU time of one thread."""
     torch.set_num_threads(1)
@@ -584,6 +596,9 @@ def loader(quick, folder, videos, stride):
         return
     files, _ = common.list_videos(videos)
     paths = files * math.ceil(64 / len(files))  # a batch, at least
+    packages = ("torchcodec", "pytorchvideo")
+    versions = {name: version_of(name) for name in packages}
+    say("loader", cpu=cpu_name(), load_average=os.getloadavg()[0], **versions)
     rounds, batches = (1, 2) if quick else (5, 4)
     for rho in (1, 2, 4):
         cfg = config(byol, rho=rho, data=videos, stride=stride, workers=0)
