@@ -8,6 +8,8 @@ is always axis 1. "Released" means SlowFast at commit 287ec00, cited as file and
 
 import argparse
 import atexit
+import bisect
+import collections
 import contextlib
 import copy
 import csv
@@ -15,7 +17,6 @@ import dataclasses
 import functools
 import glob
 import hashlib
-import itertools
 import json
 import math
 import multiprocessing
@@ -23,9 +24,7 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-import types
 import warnings
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -47,18 +46,14 @@ from tqdm import tqdm
 
 
 def arg(default, help, choices=None):
-    """A field of a Config, which is a flag: its default, its text in --help, the values it takes.
-
-    The type is the default's; a tuple takes several values."""
-    options = {"help": f"{help} [{default}]".replace("%", "%%"), "metavar": "X"}
+    """A field of a Config, which is a flag of the default's type; a tuple takes several values."""
+    options = {"help": f"{help} [{default}]"}
     if isinstance(default, bool):
-        options = {"help": help, "action": argparse.BooleanOptionalAction}
+        options["action"] = argparse.BooleanOptionalAction
     elif isinstance(default, tuple):
         options |= {"type": type(default[0]), "nargs": "+"}
     else:
         options |= {"type": type(default), "choices": choices}
-        if choices:
-            options["metavar"] = None  # --help lists them
     return dataclasses.field(default=default, metadata=options)
 
 
@@ -93,38 +88,33 @@ DEMO |= dict(optimizer="adamw", warmup=0.075, weight_decay=1e-4)
 
 
 def parse_args(config, demo, argv=None):
-    """Read the flags of a Config class.
-
-    demo: {field: value} that replaces the defaults with --small or without --data; a flag that is
-    given always wins. The names of the given flags are in cfg.given. Settings that cannot work end
-    the process with one line and exit code 2."""
+    """Read the flags of a Config class. demo: {field: value} that replaces the defaults with
+    --small or without --data; flags that are given, whose names are in cfg.given, always win."""
     module = sys.modules[config.__module__]
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--flag value ...]",
         description=module.__doc__,
+        epilog="python %(prog)s\npython %(prog)s --data my/videos --small",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.error = fail
-    examples = "python %(prog)s\npython %(prog)s --data my/videos --small"
-    shared = parser.add_argument_group("every run", examples)
-    recipe = parser.add_argument_group("recipe (DEMO in the file has the demo's)")
     for field in dataclasses.fields(config):
-        group = shared if field.name in Config.__dataclass_fields__ else recipe
-        group.add_argument("--" + field.name.replace("_", "-"), **field.metadata)
+        parser.add_argument("--" + field.name.replace("_", "-"), **field.metadata)
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         if isinstance(value, list):
             given[name] = tuple(value)
-    settings = given
-    if given.get("small") or not given.get("data"):
-        settings = {**demo, **given}
-    cfg = config(**settings)
+    cfg = config(**given)
+    if cfg.small or not cfg.data:
+        cfg = config(**demo | given)
+    if cfg.data:
+        cfg.data = os.path.normpath(cfg.data)  # with a slash at the end it is the same folder
     cfg.given = set(given)
     cfg.script = Path(module.__file__).stem
     cfg.out = cfg.out or f"out/{cfg.script}-{data_name(cfg)}-rho{cfg.rho}"
-    _check(cfg)
+    check(cfg)
     return cfg
 
 
@@ -133,25 +123,14 @@ def data_name(cfg):
     return Path(cfg.data).absolute().stem if cfg.data else "demo"
 
 
-def _check(cfg):
-    """End the process if settings cannot work, before anything long starts."""
+def check(cfg):
+    """End the process if settings cannot work."""
     for name in ("rho", "frames", "stride", "size", "epochs", "log_every"):
         if getattr(cfg, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be 1 or more")
-    if not 0 < cfg.lr < math.inf or not 0 <= cfg.warmup < 1:
-        fail(f"--lr {cfg.lr} must be above 0, --warmup {cfg.warmup} from 0 to below 1")
-    if os.environ.get("WORLD_SIZE", "1") != "1" and "LOCAL_RANK" not in os.environ:
-        fail("WORLD_SIZE is set, but not by torchrun: start with torchrun, or unset it")
-    if len(cfg.short_side) != 2 or not cfg.size <= cfg.short_side[0] <= cfg.short_side[1]:
-        fail(f"--short-side {cfg.short_side}: two numbers, both at least --size {cfg.size}")
-    if not cfg.small or "batch_size" in cfg.given:
-        _check_batch(cfg)
-    train_transform(cfg)
-
-
-def _check_batch(cfg):
     ranks = world_size()
-    if cfg.batch_size % ranks or cfg.batch_size < 2 * ranks:
+    chosen = cfg.small and "batch_size" not in cfg.given  # by fit_to_videos
+    if not chosen and (cfg.batch_size % ranks or cfg.batch_size < 2 * ranks):
         words = f"must be a multiple of {ranks} processes, with 2 videos for each"
         fail(f"--batch-size {cfg.batch_size}: {words}")
 
@@ -167,59 +146,47 @@ def fail(message, code=2):
 def print_main(message):
     """Print on rank 0, above the progress bar."""
     if rank() == 0:
-        with contextlib.suppress(BrokenPipeError):  # as when piped into head: the run goes on
-            tqdm.write(message.encode(errors="backslashreplace").decode())  # any file name
-            sys.stdout.flush()
+        tqdm.write(message)
+        sys.stdout.flush()
 
 
 # --- distributed
 
 
 def init_distributed(cfg):
-    """Seed this process, give it its device and its share of the cores, join the other ranks, and
-    make the output folder."""
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # until training, which saves first
+    """Seed this process, give it its GPU and its share of the cores, join the other ranks."""
     torch.manual_seed(cfg.seed)
     torch.backends.cudnn.benchmark = True
     affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS
     cores = len(affinity(0)) if affinity else os.cpu_count()
-    cores = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    backend = "gloo"
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device().type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        backend = "cpu:gloo,cuda:nccl"
     else:
-        cores = cores // 2  # half for the network, half for the workers
+        cores //= 2  # half for the network, half for the workers
     if cfg.workers < 0:
         most = 16 if multiprocessing.get_start_method() == "fork" else 4  # each imports torch
         cfg.workers = max(1, min(most, cores))
     torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group(backend)
-        atexit.register(_leave_group)
-    try:
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=cfg.out).close()  # fails if the folder cannot be written to
-    except OSError as error:
-        fail(f"--out {cfg.out}: {error.strerror}")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo")
+    Path(cfg.out).mkdir(parents=True, exist_ok=True)
     changed = [f"{k} {v}" for k, v in vars(cfg).items() if v != getattr(type(cfg), k, v)]
-    print_main(f"{versions()}; {world_size()} x {device().type}\nsettings: {', '.join(changed)}")
+    print_main(f"{versions()}; {world_size()} x {device().type}")
+    print_main(f"not the defaults: {', '.join(changed)}")
 
 
-def _kill_workers():
+def _leave():
     """Workers ignore SIGTERM (see worker_init), so Python would wait for them for ever at exit."""
     for child in multiprocessing.active_children():
         with contextlib.suppress(RuntimeError):  # torch's word that a worker was killed
             child.kill()
             child.join()
-
-
-atexit.register(_kill_workers)  # after the import of torch: handlers run last in, first out
-
-
-def _leave_group():
-    if not hasattr(sys, "last_value"):  # after an error, other ranks may never answer
+    if dist.is_initialized() and not hasattr(sys, "last_value"):  # else others may never answer
         dist.destroy_process_group()
+
+
+atexit.register(_leave)  # after the import of torch: handlers run last in, first out
 
 
 def versions():
@@ -229,7 +196,7 @@ def versions():
 
 def rank():
     """This process's number among all; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
+    return int(os.environ.get("RANK", 0))
 
 
 def world_size():
@@ -264,10 +231,8 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """(B, ...) of each rank -> (W * B, ...) on every rank, rank by rank.
-
-    If each rank computes the same loss from the result, the mean over ranks that DDP takes is the
-    gradient of that loss on the joint batch."""
+    """(B, ...) of each rank -> (W * B, ...) on every rank, rank by rank. If each rank computes the
+    same loss from the result, the mean over ranks that DDP takes is the joint batch's gradient."""
     return _Gather.apply(x.contiguous()) if world_size() > 1 else x
 
 
@@ -285,15 +250,12 @@ def local_part(x):
 
 
 def wrap_ddp(model, cfg):
-    """Return what to call for the forward pass: the model, in DDP if there are several ranks.
-
-    Each rank keeps its own BN statistics, or all share them (SyncBN, on GPUs) if cfg.sync_bn."""
-    sizes = [p.numel() for p in model.parameters() if p.requires_grad]
-    print_main(f"model: {cfg.backbone}; {sum(sizes):,} parameters are trained, with heads")
-    if world_size() > 1 and cfg.sync_bn and device().type == "cuda":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
+    """Return what to call for the forward pass: the model, in DDP if there are several ranks. Each
+    rank keeps its own BN statistics, or all share them (SyncBN, on GPUs) if cfg.sync_bn."""
     if world_size() == 1:
         return model
+    if cfg.sync_bn and device().type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
     warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames broadcast_buffers
     return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
@@ -324,14 +286,18 @@ def _open(path):
 
 
 class VideoReader:
-    """A video file, read in one thread. All times are seconds from its first frame.
+    """A video file, read in one thread; times are seconds from its first frame.
 
     short_side: pixels, to which frames are scaled; the long side is at most 16 times as long.
-    Opening, `read` and `duration` raise a ValueError that begins with the path if they cannot."""
+    Opening, `duration` and `read` raise a ValueError that begins with the path if they cannot.
+    Inside, a limit is a time stamp (pts, in units of time_base) of which the last frame up to it is
+    wanted; packets, of a frame each, come in the order in which frames need each other."""
 
     def __init__(self, path, short_side=None):
         self.path = path
         self.short_side = short_side
+        self._may_skip = True
+        self._been_read = False
         with _reasons(path):
             self._open()
 
@@ -351,13 +317,14 @@ class VideoReader:
         if self._stream is None or self._stream.codec_context is None:  # or of an unknown codec
             raise ValueError("no video stream")
         self._stream.thread_type = "NONE"
-        self._stream.codec_context.thread_count = 1
-        self._second = 1 / self._stream.time_base  # in ticks, the unit of a time stamp (pts)
+        self._decoder = self._stream.codec_context
+        self._decoder.thread_count = 1
+        self._second = 1 / self._stream.time_base
+        self._skipping = False
         self._start_decoding()
         self._first = self._coming
         if self._first is None:
             raise ValueError("no frame with a time stamp can be decoded")
-        self._been_read = False
 
     @functools.cached_property
     def duration(self):
@@ -365,31 +332,35 @@ class VideoReader:
         if self._stream.duration:
             return float(self._stream.duration / self._second)
         if self._container.duration:  # counted from 0, wherever the first frame is
-            return self._container.duration / av.time_base - float(max(0, self._first.time))
+            return self._container.duration / av.time_base - max(0.0, self._first.time)
         with _reasons(self.path), _open(self.path) as scan:
             packets = scan.demux(scan.streams.best("video"))
             last = max(packet.pts for packet in packets if packet.pts is not None)
         return float((last - self._first.pts) / self._second)
 
     def read(self, times):
-        """The frames on display at times of any shape, in any order, in one pass through the file.
+        """Frames at times of any shape, in any order, in one pass through the file.
 
-        At time t that is the last frame whose time stamp is at most t + 1 ms; past the end the
-        last one. Returns (*times.shape, H, W, 3) uint8 RGB, upright, of the first frame's size
-        before scaling."""
+        At time t it is the last frame whose time stamp is at most t + 1 ms; past the end the last.
+        Returns (*times.shape, H, W, 3) uint8 RGB, upright, scaled from the first frame's size."""
         times = np.asarray(times, float)
         seconds = np.clip(times.ravel(), 0, 1e9) + 1e-3
         with _reasons(self.path):
             if self._been_read:
-                self.close()
-                self._open()
+                self._reopen()
             self._been_read = True
             limits = self._first.pts + (seconds * float(self._second)).astype(int)
             pictures = self._pictures(limits.tolist())
         return pictures.reshape(*times.shape, *pictures.shape[1:])
 
+    def _reopen(self):
+        self.close()
+        self._open()
+
     def _pictures(self, limits):
-        """(N, H, W, 3): for each of N time stamps the last frame up to it."""
+        self._limits = sorted(limits)
+        sure = self._decoder.name in ("h264", "mpeg2video") and not self._first.interlaced_frame
+        self._skipping = sure and self._may_skip and self._container.format.name != "avi"
         height, width = self._size()
         pictures = np.empty((len(limits), height, width, 3), np.uint8)
         reformatter = av.video.reformatter.VideoReformatter()
@@ -397,90 +368,129 @@ class VideoReader:
         for k in np.argsort(limits, kind="stable"):
             frame = self._frame_at(limits[k])
             if frame is not shown:  # converted and scaled in one go
-                shown = frame
                 picture = reformatter.reformat(frame, width, height, "rgb24", threads=1)
                 picture = picture.to_ndarray()
             pictures[k] = picture
+            shown = frame
         degrees = self._first.rotation
         if abs(degrees) > 360:  # the matrix is damaged
             return pictures
         return np.rot90(pictures, round(degrees / 90), axes=(1, 2))
 
     def _size(self):
-        """Height and width of what is returned, before rotation."""
+        """Height and width before rotation."""
         sides = self._first.height, self._first.width
         if self.short_side is None:
             return sides
         scale = self.short_side / min(sides)
-        longest = 16 * self.short_side  # 4096 x 2 would become huge
-        return [min(round(side * scale), longest) for side in sides]
+        return [min(round(side * scale), 16 * self.short_side) for side in sides]
 
     def _frame_at(self, limit):
-        """The last frame up to a time stamp, not before the one of the call before."""
+        """The frame of a limit, which is not below that of the call before."""
         if self._worth_seeking(limit):
             self._seek(limit)
         while self._coming and self._coming.pts <= limit:
             self._shown = self._coming
             self._coming = self._next_frame()
+        if self._skipping and not self._is_right(self._shown, limit):
+            self._may_skip = False
+            self._reopen()
+            return self._frame_at(limit)
         return self._shown
 
     def _start_decoding(self):
         """From where the container is now."""
         self._packets = self._container.demux(self._stream)
-        self._decoded = []
+        self._ahead = collections.deque()  # packets that are read, but not decoded
+        self._stamps = []  # of all packets that are read, sorted
+        self._frames = []  # that are decoded, but not taken
         self._coming = self._next_frame()
 
     def _next_frame(self):
         """The next one that has a time stamp; None at the end."""
-        while not self._decoded:
+        while not self._frames:
             try:
-                packet = next(self._packets, None)
+                packet = self._next_packet()
                 if packet is None:
                     return None
-                self._decoded += [frame for frame in packet.decode() if frame.pts is not None]
+                self._decoder.skip_frame = "NONREF" if self._not_wanted(packet) else "DEFAULT"
+                self._frames += [frame for frame in packet.decode() if frame.pts is not None]
             except av.error.InvalidDataError:  # a damaged packet
                 continue
             except IndexError:  # of a stream that begins here, which a new demuxer knows
                 self._packets = self._container.demux(self._stream)
-        return self._decoded.pop(0)
+        return self._frames.pop(0)
+
+    # A frame that is not wanted and that no other refers to (NONREF) is not decoded, which leaves
+    # all others as they are, bit for bit. Only where packets have the time stamps of their frames:
+    # not in an avi, nor with fields, of which a packet may hold one.
+
+    def _next_packet(self):
+        """The next one to decode, None at the end; others are read ahead for their time stamps."""
+        while len(self._ahead) <= 16 * self._skipping:
+            packet = next(self._packets, None)
+            if packet is None:
+                break
+            self._ahead.append(packet)
+            if packet.pts is not None and not packet.is_discard and not packet.is_corrupt:
+                bisect.insort(self._stamps, packet.pts)
+        if not self._ahead:
+            return None
+        packet = self._ahead.popleft()
+        if self._skipping and packet.dts is not None and packet.dts > self._limits[-1]:
+            self._packets = iter(())  # all from here on are later: an empty packet ends decoding
+            self._ahead.clear()
+            packet = av.Packet()
+            packet.stream = self._stream
+        return packet
+
+    def _not_wanted(self, packet):
+        """Whether the limit that follows, if any, is known to be another frame's."""
+        if not self._skipping or packet.pts is None:
+            return False
+        i = bisect.bisect_left(self._limits, packet.pts)
+        j = bisect.bisect_right(self._stamps, packet.pts)
+        if i == len(self._limits):
+            return True
+        return j < len(self._stamps) and self._stamps[j] <= self._limits[i]
+
+    def _is_right(self, frame, limit):
+        """Whether it is the frame that the packets promise, and not one field of it."""
+        i = bisect.bisect_right(self._stamps, limit)
+        return not frame.interlaced_frame and (i == 0 or self._stamps[i - 1] == frame.pts)
 
     def _worth_seeking(self, limit):
-        """Whether a key frame lies between the coming frame and a time stamp, or is likely to."""
-        if self._coming is None or self._coming.pts > limit:
+        """Whether a key frame lies between the coming frame and a limit, or is likely to."""
+        # an mpg file has too few time stamps to know where a seek has led
+        if self._coming is None or self._container.format.name == "mpeg":
             return False
-        if self._container.format.name == "mpeg":
-            return False  # it has too few time stamps to know where a seek has led
         here = self._coming.pts
         index = self._stream.index_entries
         if len(index):
-            i = index.search_timestamp(limit)
+            # an mp4's index says when frames are decoded, which is earlier
+            delay = max(0, self._first.pts - index[0].timestamp)
+            i = index.search_timestamp(limit - delay)
             if i >= 0 and index[i].timestamp > here:
                 return True
             here = max(here, index[len(index) - 1].timestamp)
         return limit - here > 2 * self._second  # the index, if any, ends before
 
     def _seek(self, limit):
-        """Go on from a key frame at or before a time stamp."""
-        # an index in decoding order may lead too far, and the first packet be for an earlier moment
-        for seconds in (0, 2, 20):
+        """Go on from a key frame at or before a limit."""
+        for seconds in (0, 2, 20):  # it may lead too far
             place = max(math.floor(limit - seconds * self._second), self._first.pts)
-            try:
+            with contextlib.suppress(av.FFmpegError):
                 self._container.seek(place, stream=self._stream)
-            except av.FFmpegError:
-                continue
-            self._start_decoding()
-            if self._coming and self._coming.pts <= limit:
-                return
-        self.close()
-        self._open()
+                self._start_decoding()
+                if self._coming and self._coming.pts <= limit:
+                    return
+        self._reopen()
 
 
 def read_clips(path, starts, frames, stride, size=None):
-    """Clips of one video: frame i lies i * stride / 30 seconds after its start.
-
-    starts: seconds from the first frame, (clips,), or the times of all frames, (clips, T). size:
-    the short side in pixels. Returns (clips, T, H, W, 3) uint8 RGB in the order of starts; raises
-    BadVideo. See VideoReader."""
+    """Clips of one video, (clips, T, H, W, 3) uint8 RGB: frame i lies i * stride / 30 seconds after
+    its start. starts: seconds from the first frame, (clips,), or the times of all frames,
+    (clips, T). size: the short side in pixels. Raises BadVideo."""
     with VideoReader(path, size) as reader:
         return _read(reader, np.asarray(starts, float), frames, stride)
 
@@ -500,7 +510,8 @@ def frame_times(starts, frames, stride):
 
 # --- data set
 
-SUFFIXES = set(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .flv .wmv .3gp .ogv".split())
+SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts")
+SUFFIXES += (".flv", ".wmv", ".3gp", ".ogv")
 
 
 def find_data(cfg):
@@ -515,67 +526,58 @@ def find_data(cfg):
     return data, ""
 
 
-def list_videos(source, split=None):
-    """List the videos of a source: (paths, labels), "" for no label.
-
-    source: a folder, searched at any depth (the folder that a video lies in is its label), a video
-    file, a text list (`path` or `path<TAB>label` lines, # comments), or a csv with a header of
-    path, label, split ("train" takes the rows train, "val" the rows val or test). A path is
-    relative to its list. Ends the process if the source cannot be read."""
-    folder, name = os.path.split(source)
-    if os.path.isdir(source):
-        folder = source
-        found = sorted(glob.iglob("**/*", root_dir=source, recursive=True))
-        rows = [{"path": name, "label": os.path.dirname(name)} for name in found if _is_video(name)]
-    elif _is_video(name):
-        rows = [{"path": name}]
-    else:
-        how = {"fieldnames": ["path", "label"], "delimiter": "\t", "quoting": csv.QUOTE_NONE}
-        if name.endswith(".csv"):
-            how = {}
-        try:
-            text = Path(source).read_text(encoding="utf-8-sig", errors="surrogateescape")
-            lines = [line for line in text.split("\n") if line.strip() and line[0] != "#"]
-            rows = list(csv.DictReader(lines, **how))
-        except (OSError, csv.Error) as error:
-            fail(f"cannot list the videos of {source}: {error}")
-    if rows and "path" not in rows[0]:
-        fail(f"{source}: its first line must name the columns path, label, split")
-    if split is not None:
-        wanted = {"train": ("train",), "val": ("val", "test")}[split]
-        rows = [row for row in rows if row.get("split", "train") in wanted]
-    paths = [os.path.join(folder, row["path"].strip()) for row in rows]
-    return paths, [(row.get("label") or "").strip() for row in rows]
-
-
-def _is_video(name):
-    return os.path.splitext(name)[1].lower() in SUFFIXES
-
-
 def _demo_videos(folder):
     """Make the demo's videos, once; other processes of this machine wait for them."""
     if os.environ.get("LOCAL_RANK", "0") == "0" and not os.path.exists(folder):
         script = Path(__file__).with_name("tests") / "demo_videos.py"
-        if subprocess.run([sys.executable, script, folder]).returncode:
-            fail(f"cannot make the demo's videos in {folder}: give --data")
-    while not os.path.exists(folder):  # torchrun ends this process if the other one fails
-        time.sleep(0.2)
+        subprocess.run([sys.executable, script, folder], check=True)
+    gather_objects(None)  # the other ranks wait
     return folder
+
+
+def list_videos(source, split=None):
+    """Paths and labels ("": none) of the videos of a source: a folder, searched at any depth (the
+    folder that a video lies in is its label), a video file, a text list (`path` or
+    `path<TAB>label` lines, # comments), or a csv with a header of path, label, split ("train" takes
+    the rows train, "val" the rows val or test). A path is relative to its list."""
+    folder, name = os.path.split(source)
+    if os.path.isdir(source):
+        folder = source
+        found = sorted(glob.iglob("**/*", root_dir=source, recursive=True))
+        videos = [path for path in found if path.lower().endswith(SUFFIXES)]
+        rows = [{"path": path, "label": os.path.dirname(path)} for path in videos]
+    elif name.lower().endswith(SUFFIXES):
+        rows = [{"path": name}]
+    elif not os.path.exists(source):
+        fail(f"{source}: no such file or folder")
+    else:
+        with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
+            lines = [line for line in file if line.strip() and line[0] != "#"]
+        if name.endswith(".csv"):
+            rows = list(csv.DictReader(lines, restval=""))
+        else:
+            columns = ("path", "label")
+            rows = [dict(zip(columns, line.split("\t"), strict=False)) for line in lines]
+    if rows and "path" not in rows[0]:
+        fail(f"{source}: its first line must name the columns path, label, split")
+    if split:
+        wanted = ["train"] if split == "train" else ["val", "test"]
+        rows = [row for row in rows if row.get("split", "train") in wanted]
+    paths = [os.path.join(folder, row["path"].strip()) for row in rows]
+    return paths, [row.get("label", "").strip() for row in rows]
 
 
 class VideoClips(Dataset):
     """The rho clips of each video, augmented, indexed by (epoch, index).
 
     An item is a dict: clips (V, 3, T, H, W) float32, label (-1: none), index (of the video), starts
-    (V,) seconds (or (V, T): of all frames), bad (why other videos could not be read). It depends on
-    (cfg.seed, epoch, index) alone. A video that cannot be read is replaced by another one.
+    (V,) seconds (or (V, T): of all frames). It depends on (cfg.seed, epoch, index) alone. A video
+    that cannot be read is replaced by another one, and bad says why (else "").
 
-    sample_clips(duration, clip_seconds, rho, timespan, rng): the starts of the clips, (rho,), or
-    the times of all frames, (rho, T), in seconds. transform: the whole augmentation of a clip,
-    (T, 3, H, W) uint8 -> (T, 3, h, w) float32, instead of cfg.augment. videos: (paths, labels).
-
-    Override open() to read anything else than video files, views() or item() to make other tensors.
-    """
+    sample_clips(duration, clip_seconds, rho, timespan, rng): the starts, (rho,), or the times of
+    all frames, (rho, T), in seconds. transform: the whole augmentation of a clip, instead of
+    cfg.augment: (T, 3, H, W) uint8 -> (T, 3, h, w) float32. videos: (paths, labels). Override
+    open() to read anything else than video files, views() or item() to make other tensors."""
 
     def __init__(self, cfg, sample_clips, transform=None, videos=None):
         self.cfg, self.sample_clips = cfg, sample_clips
@@ -585,7 +587,7 @@ class VideoClips(Dataset):
         self.color_on_device = device().type == "cuda"  # a worker must not ask
         paths, labels = videos or list_videos(find_data(cfg)[0], "train")
         if not paths:
-            fail(f"no videos in {cfg.data} (looked for {' '.join(sorted(SUFFIXES))})")
+            fail(f"no videos in {cfg.data} (looked for {' '.join(SUFFIXES)})")
         self.classes = sorted(set(labels) - {""})
         self.keep(paths, labels)
         print_main(f"data: {len(paths)} videos, {len(self.classes)} classes")
@@ -593,9 +595,9 @@ class VideoClips(Dataset):
             fit_to_videos(cfg, len(paths))
 
     def keep(self, paths, labels):
-        """Hold these videos. The paths are one array of bytes: a million Python strings would be
-        copied into each worker, page by page, as their reference counts change."""
-        self.paths = np.array([os.fsencode(path) for path in paths])  # (n,)
+        """Hold these videos. The paths are one array: a million Python strings would be copied into
+        each worker, page by page, as their reference counts change."""
+        self.paths = np.array(paths)  # (n,)
         numbers = {label: number for number, label in enumerate(self.classes)}
         self.labels = np.array([numbers.get(label, -1) for label in labels])  # (n,)
 
@@ -609,7 +611,7 @@ class VideoClips(Dataset):
         return len(self.paths)
 
     def path(self, index):
-        return os.fsdecode(self.paths[index])
+        return str(self.paths[index])
 
     def open(self, index, short_side):
         """A reader of a video: .duration in seconds, .read(times) -> (N, H, W, 3) uint8 RGB whose
@@ -621,7 +623,8 @@ class VideoClips(Dataset):
         clips = torch.from_numpy(frames).permute(0, 1, 4, 2, 3)  # (rho, T, 3, H, W)
         clips = clips.expand(self.cfg.num_views, *clips.shape[1:])  # rho = 1: the one clip twice
         crop_seeds, seeds = torch.from_numpy(rng.integers(2**62, size=(2, len(clips))))
-        clips = torch.stack(list(map(_draw, itertools.repeat(self.crop), clips, crop_seeds)))
+        pairs = zip(clips, crop_seeds, strict=True)
+        clips = torch.stack([_draw(self.crop, clip, seed) for clip, seed in pairs])
         if self.color is None:
             return {"clips": clips.transpose(1, 2)}
         if self.color_on_device:
@@ -639,40 +642,38 @@ class VideoClips(Dataset):
         starts = torch.from_numpy(starts)  # (rho,) or (rho, T)
         starts = starts.expand(cfg.num_views, *starts.shape[1:])
         item = {"label": int(self.labels[index]), "index": index, "starts": starts}
-        return {**item, **self.views(frames, rng)}
+        return item | self.views(frames, rng)
 
     def __getitem__(self, key):
         epoch, asked = key
-        index, bad = asked, []
+        index, bad = asked, ""
         for attempt in range(10):
             rng = np.random.default_rng((self.cfg.seed, epoch, asked, attempt))
             if attempt > 0:
                 index = int(rng.integers(len(self)))
             try:
-                return {**self.item(index, rng), "bad": "\n".join(bad)}
+                return self.item(index, rng) | {"bad": bad}
             except BadVideo as error:
-                bad.append(str(error))
-        raise BadVideo(f"ten videos in a row cannot be read; the last: {bad[-1]}")
+                bad = bad or str(error)
+        raise BadVideo(f"ten videos in a row cannot be read; the first: {bad}")
 
 
 def fit_to_videos(cfg, n):
     """With --small, fit batch size and epochs, unless given, to n videos: at most a quarter of them
-    a step, at least 400 steps. Ends the process if the batch does not fit."""
+    a step, at least 400 steps."""
     if cfg.small or not cfg.data:
         if "batch_size" not in cfg.given:
             cfg.batch_size = max(2, min(40, n // 4) // world_size()) * world_size()
         if "epochs" not in cfg.given:
             cfg.epochs = math.ceil(400 / max(1, n // cfg.batch_size))
         print_main(f"for {n} videos: --batch-size {cfg.batch_size} --epochs {cfg.epochs}")
-    _check_batch(cfg)
     if cfg.batch_size > n:
         fail(f"--batch-size {cfg.batch_size}: there are only {n} videos")
 
 
 class TrainSampler:
-    """Batches of (epoch, index) for this rank, from step `first` to `last`.
-
-    Each epoch has its own order of all n videos; rank r takes the contiguous slice r of a batch."""
+    """Batches of (epoch, index) for this rank, from step `first` to `last`. Each epoch has its own
+    order of all n videos; rank r takes the contiguous slice r of a batch."""
 
     def __init__(self, cfg, n, first, last):
         self.cfg, self.n, self.steps = cfg, n, range(first, last)
@@ -682,7 +683,7 @@ class TrainSampler:
         for step in self.steps:
             epoch, i = divmod(step, self.n // size)
             order = np.random.default_rng((self.cfg.seed, epoch)).permutation(self.n)
-            batch = local_part(torch.from_numpy(order[i * size : (i + 1) * size]))
+            batch = order[i * size : (i + 1) * size].reshape(world_size(), -1)[rank()]
             yield [(epoch, index) for index in batch.tolist()]
 
 
@@ -695,9 +696,8 @@ def worker_init(_=None):
 
 
 def _loader(cfg, dataset, **how):
-    pin = device().type == "cuda"
-    how |= {"num_workers": cfg.workers, "worker_init_fn": worker_init, "pin_memory": pin}
-    return DataLoader(dataset, **how)
+    how |= {"num_workers": cfg.workers, "worker_init_fn": worker_init}
+    return DataLoader(dataset, pin_memory=torch.cuda.is_available(), **how)
 
 
 # --- augmentation
@@ -706,33 +706,29 @@ MEAN, STD = 0.45, 0.225  # of every channel (released defaults.py, lines 687 and
 
 
 def train_transform(cfg):
-    """(crop, color): transforms of a clip (T, 3, H, W); each draws once for all its frames.
-
-    The order is fixed, whatever the order in cfg.augment: crop, flip, jitter, gray, blur, tint,
-    rotate, cutout, noise, sobel (released transform.py, lines 1073 and 1102)."""
+    """(crop, color): transforms of a clip (T, 3, H, W); each draws once for all its frames. The
+    order is fixed, whatever it is in cfg.augment (released transform.py, lines 1073 and 1102)."""
     strength = 0.8 * getattr(cfg, "color_strength", 0.75)
     table = {
         "flip": v2.RandomHorizontalFlip(0.5),
-        "jitter": v2.RandomApply([v2.ColorJitter(*[strength] * 3, strength / 4)], p=0.8),
+        "jitter": v2.RandomApply([v2.ColorJitter(strength, strength, strength, strength / 4)], 0.8),
         "gray": v2.RandomGrayscale(0.2),
-        "blur": v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], p=0.5),  # 13: 3 sigma each side
+        "blur": v2.RandomApply([v2.GaussianBlur(13, (0.1, 2.0))], 0.5),  # 13: 3 sigma each side
         "tint": v2.Compose([v2.RandomGrayscale(0.2), v2.ColorJitter(0.4, 0.4, 0.4, 0.1)]),
         "rotate": v2.RandomChoice([v2.RandomRotation((d, d)) for d in (0, 90, 180, 270)]),
-        "cutout": v2.RandomErasing(p=1.0),  # a black box of 2 to 33 % of the area
+        "cutout": v2.RandomErasing(1.0),  # a black box of 2 to 33 % of the area
         "noise": _noise,
         "sobel": _sobel,
     }
-    names = set(cfg.augment.split(",")) - {"none"}
-    if unknown := names - {"crop", *table}:
-        choices = ", ".join(["crop", *table, "none"])
-        fail(f"--augment: unknown augmentation {min(unknown)}; choose from {choices}")
+    names = cfg.augment.split(",")
+    if unknown := set(names) - {"crop", "none", *table}:
+        fail(f"--augment: no {min(unknown)} among crop, {', '.join(table)}, none")
     area = getattr(cfg, "crop_area", (0, 0))
-    if len(area) != 2 or not 0 <= area[0] <= area[1] <= 1:
-        fail(f"--crop-area {area}: two shares of the frame, the smaller one first")
-    crop = v2.Compose([v2.Resize(cfg.size), v2.CenterCrop(cfg.size)])
-    if "crop" in names and any(area):
+    if "crop" not in names:
+        crop = v2.Compose([v2.Resize(cfg.size), v2.CenterCrop(cfg.size)])
+    elif any(area):
         crop = v2.RandomResizedCrop(cfg.size, scale=area, ratio=(3 / 4, 4 / 3))
-    elif "crop" in names:
+    else:
         crop = v2.RandomCrop(cfg.size)
     color = [transform for name, transform in table.items() if name in names]
     return crop, v2.Compose(color or [v2.Identity()])
@@ -803,34 +799,31 @@ class Bottleneck(nn.Module):
     def __init__(self, inputs, width, time_kernel, stride):
         super().__init__()
         outputs = 4 * width
-        self.branch1 = None
+        self.branch1 = nn.Identity()
+        self.branch1_bn = nn.Identity()
         if inputs != outputs:
             self.branch1 = _conv(inputs, outputs, (1, 1, 1), (1, stride, stride))
             self.branch1_bn = nn.BatchNorm3d(outputs)
-        self.branch2 = nn.Sequential(
-            OrderedDict(
-                a=_conv(inputs, width, (time_kernel, 1, 1)),
-                a_bn=nn.BatchNorm3d(width),
-                a_relu=nn.ReLU(inplace=True),
-                b=_conv(width, width, (1, 3, 3), (1, stride, stride)),
-                b_bn=nn.BatchNorm3d(width),
-                b_relu=nn.ReLU(inplace=True),
-                c=_conv(width, outputs, (1, 1, 1)),
-                c_bn=nn.BatchNorm3d(outputs),
-            )
+        layers = OrderedDict(
+            a=_conv(inputs, width, (time_kernel, 1, 1)),
+            a_bn=nn.BatchNorm3d(width),
+            a_relu=nn.ReLU(inplace=True),
+            b=_conv(width, width, (1, 3, 3), (1, stride, stride)),
+            b_bn=nn.BatchNorm3d(width),
+            b_relu=nn.ReLU(inplace=True),
+            c=_conv(width, outputs, (1, 1, 1)),
+            c_bn=nn.BatchNorm3d(outputs),
         )
+        self.branch2 = nn.Sequential(layers)
 
     def forward(self, x):
-        shortcut = x
-        if self.branch1 is not None:
-            shortcut = self.branch1_bn(self.branch1(x))
+        shortcut = self.branch1_bn(self.branch1(x))
         return F.relu(shortcut + self.branch2(x), inplace=True)
 
 
 def slow(blocks):
-    """SlowFast's Slow pathway: no stride in time, kernels 3x1x1 in the last two stages.
-
-    blocks: residual blocks per stage."""
+    """SlowFast's Slow pathway: no stride in time, kernels 3x1x1 in the last two stages. blocks:
+    how many residual blocks each stage has."""
     stem = OrderedDict(
         conv=_conv(3, 64, (1, 7, 7), (1, 2, 2)),
         bn=nn.BatchNorm3d(64),
@@ -848,14 +841,6 @@ def slow(blocks):
             inputs = 4 * width
         stages[f"s{s + 2}"] = nn.Sequential(stage)
     return Backbone(inputs, stages)
-
-
-def slow_r50():
-    return slow((3, 4, 6, 3))
-
-
-def slow_r101():
-    return slow((3, 4, 23, 3))
 
 
 def tiny():
@@ -879,12 +864,6 @@ def r2plus1d_18():
     return Backbone(feature_dim, stages)
 
 
-def s3d():
-    """torchvision's S3D."""
-    network = torchvision.models.video.s3d()
-    return Backbone(network.classifier[1].in_channels, network.features.named_children())
-
-
 class Gate(nn.Module):
     """Channels times a sigmoid of their averages over time and space."""
 
@@ -897,22 +876,21 @@ class Gate(nn.Module):
 
 
 def s3d_g():
-    """S3D-G: S3D with a gate on each branch of its inception blocks."""
-    network = s3d()
-    for block in network:
+    """S3D-G: torchvision's S3D with a gate on each branch of its inception blocks."""
+    network = torchvision.models.video.s3d()
+    for block in network.features:
         for name, branch in list(block.named_children()):
             if name.startswith("branch"):
                 gate = Gate(_norms(branch)[-1].num_features)
                 setattr(block, name, nn.Sequential(branch, gate))
-    return network
+    return Backbone(network.classifier[1].in_channels, network.features.named_children())
 
 
 # a line more, and every --backbone knows it
 BACKBONES = {
-    "slow_r50": slow_r50,
-    "slow_r101": slow_r101,
+    "slow_r50": functools.partial(slow, (3, 4, 6, 3)),
+    "slow_r101": functools.partial(slow, (3, 4, 23, 3)),
     "r2plus1d_18": r2plus1d_18,
-    "s3d": s3d,
     "s3d_g": s3d_g,
     "tiny": tiny,
 }
@@ -927,16 +905,17 @@ def mlp(widths, bn):
     """Linear layers with ReLU, and BN if asked for, between them: (N, widths[0]) ->
     (N, widths[-1]) (released head_helper.py, line 147)."""
     layers = []
-    for i in range(1, len(widths)):
-        hidden = i < len(widths) - 1
-        linear = nn.Linear(widths[i - 1], widths[i], bias=not (bn and hidden))  # BN has its own
+    last = len(widths) - 1
+    for i in range(1, last + 1):
+        with_bn = bn and i < last
+        linear = nn.Linear(widths[i - 1], widths[i], bias=not with_bn)  # BN has a bias
         nn.init.kaiming_uniform_(linear.weight, a=1)
-        if linear.bias is not None:
-            nn.init.zeros_(linear.bias)
         layers.append(linear)
-        if hidden and bn:
+        if with_bn:
             layers.append(nn.BatchNorm1d(widths[i]))
-        if hidden:
+        else:
+            nn.init.zeros_(linear.bias)
+        if i < last:
             layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
 
@@ -962,14 +941,13 @@ def encode_views(network, clips, low_memory=False):
 @contextlib.contextmanager
 def _frozen_bn(network):
     """While activations are recomputed: BN must not count the same batch twice."""
-    norms = _norms(network)
-    before = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms]
-    for norm in norms:
+    before = [(m, m.momentum, m.num_batches_tracked.clone()) for m in _norms(network)]
+    for norm, _, _ in before:
         norm.momentum = 0.0
     try:
         yield
     finally:  # torch leaves by an exception when it has what it needs
-        for norm, (momentum, count) in zip(norms, before, strict=True):
+        for norm, momentum, count in before:
             norm.momentum = momentum
             norm.num_batches_tracked.copy_(count)
 
@@ -981,12 +959,10 @@ def _norms(network):
 
 def read_file(path):
     """What torch.save wrote, on the CPU, without running code in it; ValueError if unreadable."""
-    if str(path).endswith(".pkl"):
-        raise ValueError(f"cannot read {path}: a pickle, as in SlowFast's model zoo, may run code")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no common class for what a damaged file raises
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+        reason = str(error).split("\n")[0]
         raise ValueError(f"cannot read {path}: {reason}") from None
 
 
@@ -995,25 +971,18 @@ def write_file(path, save):
     if rank() > 0:
         return
     temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's writer
-        Path(temporary).unlink(missing_ok=True)
-        fail(f"cannot write {path}: {error}; the previous file is unchanged", code=1)
+    with open(temporary, "wb") as file:
+        save(file)
+    os.replace(temporary, path)
 
 
 def load_backbone(path):
     """The backbone of a run's folder or backbone.pth, in eval, on the CPU, and its settings:
     backbone, cfg with cfg.frames, cfg.stride, cfg.size and the rest. ValueError if unreadable."""
-    path = Path(path)
-    if path.is_dir():
-        path = path / "backbone.pth"
+    if os.path.isdir(path):
+        path = os.path.join(path, "backbone.pth")
     content = read_file(path)
-    cfg = types.SimpleNamespace(**content["config"])
+    cfg = argparse.Namespace(**content["config"])
     network = backbone(cfg.backbone)
     network.load_state_dict(content["state_dict"])
     return network.eval(), cfg
@@ -1057,39 +1026,35 @@ class LARS(torch.optim.SGD):
         super().step()
 
 
-OPTIMIZERS = ("lars", "sgd", "adamw")
+# a line more, and every --optimizer knows it
+OPTIMIZERS = {
+    "lars": LARS,
+    "sgd": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True),
+    "adamw": torch.optim.AdamW,
+}
 
 
 def make_optimizer(model, cfg):
-    """LARS, SGD with Nesterov momentum 0.9, or AdamW of what is trained; no weight decay on BN
-    (released optimizer.py, line 41). The learning rate is 0 until Run sets it before each step."""
+    """An optimizer of what is trained; no weight decay on BN (released optimizer.py, line 41). The
+    learning rate is 0 until Run sets it before each step."""
     bn = {p for norm in _norms(model) for p in norm.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p not in bn]},
         {"params": [p for p in trained if p in bn], "weight_decay": 0.0},
     ]
-    settings = {"lr": 0.0, "weight_decay": cfg.weight_decay}
-    if cfg.optimizer == "lars":
-        return LARS(groups, momentum=0.9, **settings)
-    if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **settings)
-    return torch.optim.SGD(groups, momentum=0.9, nesterov=True, **settings)
-
-
-def peak_learning_rate(cfg):
-    """--lr is for 64 videos of 2 views (in an evaluation of 1); scaled with the views of a step."""
-    return cfg.lr * cfg.batch_size / 64 * max(1, cfg.num_views / 2)
+    return OPTIMIZERS[cfg.optimizer](groups, lr=0.0, weight_decay=cfg.weight_decay)
 
 
 def learning_rate(cfg, progress):
     """Learning rate at a share of the run, 0 to 1: half a cosine, or a tenth after each of
     cfg.lr_steps (shares of the run), under a linear warm-up from 0.001 of what it leads to
-    (released lr_policy.py, line 9)."""
+    (released lr_policy.py, line 9). cfg.lr is for 64 videos of 2 views (in an evaluation of 1)."""
+    peak = cfg.lr * cfg.batch_size / 64 * max(1, cfg.num_views / 2)
     after = max(progress, cfg.warmup)
-    lr = peak_learning_rate(cfg) * 0.5 * (1 + math.cos(math.pi * after))
+    lr = peak * 0.5 * (1 + math.cos(math.pi * after))
     if steps := getattr(cfg, "lr_steps", ()):
-        lr = peak_learning_rate(cfg) * 0.1 ** sum(after >= step for step in steps)
+        lr = peak * 0.1 ** sum(after >= step for step in steps)
     if progress < cfg.warmup:
         lr *= 0.001 + 0.999 * progress / cfg.warmup
     return lr
@@ -1120,8 +1085,6 @@ class TestClips(Dataset):
     clips: how many, at 0, 1/clips, 2/clips, ... of the last possible start (released kinetics.py,
     line 217), or a function of the duration that gives the starts. crops: squares of a clip."""
 
-    __test__ = False  # this is no test case
-
     def __init__(self, dataset, clips, crops=1, size=None, indices=None):
         self.dataset, self.clips, self.crops = dataset, clips, crops
         self.size = size or dataset.cfg.size
@@ -1149,13 +1112,13 @@ class TestClips(Dataset):
 def extract_features(network, test_clips, allow_missing=False):
     """Run a network, in the mode that it is in, on the test views of each video.
 
-    network: (views, 3, T, S, S) float32 -> a tensor of any one shape; the tensors item["more"] of
-    a data set of one's own are further arguments. Each video is read once, on one rank. Returns on
-    every rank outputs (n, ...) float32 on the CPU and indices (n,) of the videos that can be read.
-    Another one ends the process, unless allow_missing leaves it out."""
+    network: (views, 3, T, S, S) float32 -> a tensor of any one shape; the tensors item["more"] are
+    further arguments. Each video is read once, on one rank. Returns on every rank outputs (n, ...)
+    float32 on the CPU and indices (n,) of the videos that can be read. Another one ends the
+    process, unless allow_missing leaves it out."""
     mine = Subset(test_clips, range(rank(), len(test_clips), world_size()))
-    outputs = {}
     loader = _loader(test_clips.dataset.cfg, mine, batch_size=None)
+    outputs = {}
     for item in tqdm(loader, "videos", disable=rank() > 0 or None):
         if item["bad"] and not allow_missing:
             fail(f"{item['bad']}; --allow-missing leaves such videos out")
@@ -1167,10 +1130,11 @@ def extract_features(network, test_clips, allow_missing=False):
         with torch.no_grad(), autocast():
             output = network(clips.contiguous(memory_format=torch.channels_last_3d), *more)
         outputs[item["index"]] = output.float().cpu()
-    outputs = {i: output for part in gather_objects(outputs) for i, output in part.items()}
-    indices = sorted(outputs)
-    if not indices:
+    for part in gather_objects(outputs):
+        outputs |= part
+    if not outputs:
         fail(f"none of {len(test_clips)} videos can be read")
+    indices = sorted(outputs)
     return torch.stack([outputs[index] for index in indices]), torch.tensor(indices)
 
 
@@ -1178,33 +1142,22 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
     """Percent of queries (m, D) whose label wins a vote of the k nearest of a bank (n, D): cosine
     similarity s, weight exp(s / temperature). Labels (n,), (m,) are integers from 0."""
     bank = F.normalize(bank, dim=-1)
-    classes = F.one_hot(bank_labels).to(bank)  # (n, classes)
     hits = 0
     for query, label in zip(queries, labels, strict=True):
         similarity = bank @ F.normalize(query, dim=0)  # (n,)
         nearest, indices = similarity.topk(min(k, len(bank)))  # (k,)
-        votes = (nearest / temperature).exp() @ classes[indices]  # (classes,)
+        votes = torch.bincount(bank_labels[indices], (nearest / temperature).exp())  # (classes,)
         hits += int(votes.argmax() == label)
     return 100 * hits / len(queries)
-
-
-def knn_sets(dataset):
-    """[queries, bank] for kNN while training: every fifth training video with a label, and the
-    others; at most 1000 and 4000 of them, 2 clips of each."""
-    labelled = np.flatnonzero(dataset.labels >= 0)[:5000]
-    if len(labelled) < 2:
-        print_main("WARN no labels (class folders, or lists with labels): no kNN accuracy")
-        return []
-    queries = labelled[::5]
-    bank = np.setdiff1d(labelled, queries)
-    return [TestClips(dataset, 2, indices=part) for part in (queries, bank)]
 
 
 # --- the run
 
 # flags that may change when a run goes on
-FREE = set("out max_steps log_every workers low_memory knn_every".split())
-FREE |= set("allow_missing test_clips test_crops test_size neighbours".split())
+FREE = ["out", "max_steps", "log_every", "workers", "low_memory", "knn_every"]
+FREE += ["allow_missing", "test_clips", "test_crops", "test_size", "neighbours"]  # of evaluations
+
+SAVE_EVERY = 500  # steps, where an epoch has more
 
 ROW = "{step:8d} {epoch:7.1f} {loss:10.4f} {feature_std:12.3f} {knn:>6} {videos_per_second:9.1f}"
 
@@ -1226,16 +1179,19 @@ class Run:
         self.step = 0
         self.losses = []  # of each step since the last line of the log, on the device
         self.bad_videos = []  # why each cannot be read
+        self.out = Path(cfg.out)
+        self.log_path = self.out / "log.jsonl"
         self.lines = []  # of the log
+        self.log_bytes = 0
+        self.waited = 0.0  # seconds, for data
         self.warned = set()
         self.stop_asked = False
-        self.waited = 0.0  # seconds, for data
-        self.log_path = Path(cfg.out, "log.jsonl")
-        self.resume()
-        self.logged = self.step
-        self.knn_sets = knn_sets(dataset) if getattr(cfg, "knn_every", 0) else []
+        self.resume(self.out / "last.pth")
+        labelled = np.flatnonzero(dataset.labels >= 0)
+        self.knn_clips = TestClips(dataset, 2, indices=labelled[:5000])
+        self.knn_every = getattr(cfg, "knn_every", 0) if len(labelled) > 1 else 0
         views = f"{cfg.batch_size} videos x {cfg.num_views} views"
-        print_main(f"batch: {views}; peak lr {peak_learning_rate(cfg):g}, from --lr {cfg.lr:g}")
+        print_main(f"model: {cfg.backbone}; batch: {views}")
         if self.total < 200:
             print_main(f"WARN only {self.total} steps: a network learns little; more --epochs help")
         if left := len(dataset) % cfg.batch_size:
@@ -1262,19 +1218,26 @@ class Run:
             words = "nothing was trained; to train anew, delete that folder or give another --out"
             print_main(f"{cfg.out} is at step {self.step} of {self.last} already: {words}")
             return
+        self.clean_up()
         before = {s: signal.signal(s, self.ask_stop) for s in (signal.SIGTERM, signal.SIGINT)}
         sampler = TrainSampler(cfg, len(self.dataset), self.step, self.last)
         collate = getattr(self.dataset, "collate", None)  # None: torch's default
-        batches = iter(_loader(cfg, self.dataset, batch_sampler=sampler, collate_fn=collate))
+        loader = _loader(cfg, self.dataset, batch_sampler=sampler, collate_fn=collate)
         silent = rank() > 0 or None  # None: silent unless it writes to a terminal
-        self.bar = tqdm(initial=self.step, total=self.last, desc=cfg.script, disable=silent)
-        self.since = self.saved = time.monotonic()
-        stop = False
-        while self.step < self.last and not stop:
-            batch = self.next_batch(batches)
-            self.before_step()
-            yield batch
-            stop = self.after_step()
+        self.bar = tqdm(loader, cfg.script, self.last, initial=self.step, disable=silent)
+        print_main(f"chance level of the loss: {self.chance:.4f}")
+        print_main("    step   epoch       loss  feature std    kNN  videos/s")
+        self.since, self.logged = time.monotonic(), self.step
+        asked = self.since
+        for batch in self.bar:
+            self.waited += time.monotonic() - asked
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate(cfg, self.step / self.total)
+            torch.manual_seed(hash((cfg.seed, self.step, rank())))  # of dropout
+            yield self.receive(batch)
+            if self.after_step():
+                break
+            asked = time.monotonic()
         self.bar.close()
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -1289,14 +1252,9 @@ class Run:
     def ask_stop(self, *_):
         self.stop_asked = True
 
-    def next_batch(self, batches):
-        begun = time.monotonic()
-        try:
-            batch = next(batches)
-        except BadVideo as error:
-            fail(str(error).splitlines()[-1])
-        self.waited += time.monotonic() - begun
-        for reason in "\n".join(batch.pop("bad")).splitlines():
+    def receive(self, batch):
+        """Name bad videos, once; the batch on the device, augmented if that is done there."""
+        for reason in batch.pop("bad"):
             if reason and reason not in self.bad_videos:
                 self.bad_videos.append(reason)
                 print(f"WARN bad video, replaced: {reason}", file=sys.stderr, flush=True)
@@ -1307,12 +1265,6 @@ class Run:
         self.starts = batch["starts"]
         return batch
 
-    def before_step(self):
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.cfg, self.step / self.total)
-        torch.manual_seed(hash((self.cfg.seed, self.step, rank())))  # of dropout
-        self.features = None
-
     def record(self, loss, features, **numbers):
         """Note the step's loss, features (B, V, D) and any numbers for the log; nothing else."""
         self.losses.append(loss.detach())
@@ -1320,206 +1272,163 @@ class Run:
 
     def after_step(self):
         """Count the step; log, evaluate and save when it is time; return whether to stop."""
-        if self.features is None:
-            raise RuntimeError("the training step must call run.record(loss, features=...)")
         self.step += 1
-        self.bar.update()
         epochs, rest = divmod(self.step, self.steps_per_epoch)
-        if rest == 0:
-            self.share_bn()
-        flags = torch.tensor([self.stop_asked, time.monotonic() - self.saved > 600]).int()
-        if world_size() > 1:
-            dist.all_reduce(flags, dist.ReduceOp.MAX)  # on the CPU: no wait for the GPU
-        stop, save = flags.tolist()
-        if self.knn_sets and rest == 0 and (epochs % self.cfg.knn_every == 0 or self.finished):
-            self.log(knn_top1=self.measure_knn())
+        if rest == 0 and world_size() > 1:
+            for buffer in self.model.buffers():  # BN statistics: of rank 0 from here on
+                dist.broadcast(buffer, 0)
+        stops = gather(torch.tensor([int(self.stop_asked)]))  # on the CPU: no wait for the GPU
+        stop = stops.sum().item() > 0
+        if self.knn_every and rest == 0 and (epochs % self.knn_every == 0 or self.finished):
+            self.log(knn=True)
         elif self.finished or self.step % self.cfg.log_every == 0:
             self.log()
-        if rest == 0 or stop or save or self.step == self.last:
+        if rest == 0 or stop or self.step % SAVE_EVERY == 0 or self.step == self.last:
             self.save()
         if self.step == self.last and self.losses:
             self.log()  # part of an interval; a resume cuts it off and writes the whole one
         return stop
 
-    def share_bn(self):
-        """Give all ranks the BN statistics of rank 0, which are saved and evaluated."""
-        if world_size() > 1:
-            for norm in _norms(self.model):
-                for buffer in norm.buffers():
-                    dist.broadcast(buffer, 0)
-
     def mean_losses(self):
         """(steps,) losses since the last line of the log, averaged over ranks; ends the run if one
-        is not finite. To look at them waits for the GPU: only a log line or a save does."""
-        losses = torch.stack(self.losses)
-        if world_size() > 1:
-            dist.all_reduce(losses)
-        losses /= world_size()
-        for i, loss in enumerate(losses.tolist()):
+        is not finite. To look at them waits for the GPU: only a log line or a save does. The ranks'
+        bad videos are united, too."""
+        self.bad_videos = sorted(set().union(*gather_objects(self.bad_videos)))
+        losses = gather(torch.stack(self.losses)[None]).mean(0)
+        for i, loss in enumerate(losses.tolist(), self.step - len(losses) + 1):
             if not math.isfinite(loss):
-                self.diverge(f"non-finite loss at step {self.step - len(losses) + i + 1}")
+                self.diverge(f"non-finite loss at step {i}")
         return losses
 
     def diverge(self, what):
-        write_file(f"{self.cfg.out}/diverged", lambda file: file.write(what.encode()))
+        (self.out / "diverged").touch()
         fail(f"{what}; the last checkpoint goes on with a --lr below {self.cfg.lr:g}", code=1)
 
-    def log(self, **more):
+    def log(self, knn=False):
         """A line of JSON in log.jsonl, a row on the terminal, a warning if a number looks wrong."""
         unit = F.normalize(self.features.float(), dim=-1).flatten(0, 1)  # (B * V, D)
+        loss = self.mean_losses().mean().item()
         seconds = time.monotonic() - self.since
         line = {
             "step": self.step,
             "epoch": self.epoch,
-            "loss": self.mean_losses().mean().item(),
+            "loss": loss,
             "chance": self.chance,
             "lr": self.optimizer.param_groups[0]["lr"],
             "feature_std": unit.std(dim=0).mean().item() * unit.shape[1] ** 0.5,
             "videos_per_second": (self.step - self.logged) * self.cfg.batch_size / seconds,
-            "data_wait": min(1.0, self.waited / seconds),
-            "clip_distance": clip_distance(self.starts).item(),
-            "bad_videos": len(set().union(*gather_objects(self.bad_videos))),
-            **{name: float(value) for name, value in (self.numbers | more).items()},
+            "data_wait": self.waited / seconds,
+            "clip_distance": (self.starts[:, -1] - self.starts[:, 0]).abs().mean().item(),
+            "bad_videos": len(self.bad_videos),
         }
+        line |= {name: float(value) for name, value in self.numbers.items()}
+        if knn:
+            line["knn_top1"] = self.measure_knn()
         if rank() == 0:
-            self.write_line(json.dumps(line))
-        if not self.lines:
-            print_main(f"chance level of the loss: {self.chance:.4f}")
-            print_main("    step   epoch       loss  feature std    kNN  videos/s")
+            with open(self.log_path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+                self.log_bytes = file.tell()
         print_main(ROW.format(knn=line.get("knn_top1", "-"), **line))
-        self.bar.set_postfix_str(f"loss {line['loss']:.4f}", refresh=False)
+        self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         self.lines.append(line)
-        self.warn(self.lines[-15:])
+        if len(self.lines) > 2:
+            self.diagnose()
         self.losses, self.waited = [], 0.0
         self.since, self.logged = time.monotonic(), self.step
 
-    def write_line(self, line):
-        try:
-            with open(self.log_path, "a") as file:
-                file.write(line + "\n")
-        except OSError as error:
-            fail(f"cannot write {self.log_path}: {error.strerror}", code=1)
-
-    def warn(self, lines):
+    def diagnose(self):
         """Say once, in words, what looks wrong in the last lines of the log."""
-        cfg, last, words = self.cfg, lines[-3:], []
-        if len(lines) < 3:
-            return
-        if cfg.num_views > 1 and self.step > cfg.warmup * self.total:  # features are alike before
-            if max(line["feature_std"] for line in last) < 0.2:
-                words.append("collapsed: all videos get the same features")
-            if len(lines) == 15 and min(line["loss"] for line in lines) > 0.98 * self.chance:
-                words.append("the loss stays at chance")
-        if min(line["data_wait"] for line in last) > 0.3:
-            words.append("waiting for data: more --workers or smaller videos help")
-        if cfg.rho > 1 and max(line["clip_distance"] for line in last) == 0:
-            words.append("the clips of a video start at the same time: a smaller --stride helps")
-        for what in set(words) - self.warned:
+        cfg, lines, words = self.cfg, self.lines[-15:], set()
+        trained = cfg.num_views > 1 and self.step > cfg.warmup * self.total
+        at_chance = min(line["loss"] for line in lines) > 0.98 * self.chance
+        if trained and max(line["feature_std"] for line in lines[-3:]) < 0.2:
+            words.add("collapsed: all videos get the same features")
+        if trained and at_chance and len(lines) == 15:
+            words.add("the loss stays at chance")
+        if min(line["data_wait"] for line in lines[-3:]) > 0.3:
+            words.add("waiting for data: more --workers or smaller videos help")
+        if cfg.rho > 1 and max(line["clip_distance"] for line in lines[-3:]) == 0:
+            words.add("the clips of a video start at the same time: a smaller --stride helps")
+        for what in words - self.warned:
             print_main(f"WARN {what} (README: is my loss normal?)")
-        self.warned |= set(words)
+        self.warned |= words
 
     def measure_knn(self):
-        """kNN accuracy of the backbone, in percent."""
-        begun = time.monotonic()
-        network = self.model.encoder.backbone.eval()
-        sides = []
-        for test_clips in self.knn_sets:
-            features, indices = extract_features(network, test_clips, allow_missing=True)
-            labels = torch.from_numpy(test_clips.dataset.labels)[indices]
-            sides += [features.mean(1), labels]  # (n, D): the mean over views
-        network.train(self.model.training)
-        self.since += time.monotonic() - begun  # this is not the speed of training
-        return round(knn_accuracy(*sides), 2)
+        """kNN accuracy of the backbone, in percent, on every fifth of up to 5000 training videos
+        against the others; their features are averages over two clips."""
+        network = self.model.encoder.backbone
+        features, indices = extract_features(network.eval(), self.knn_clips, allow_missing=True)
+        network.train()
+        features, labels = features.mean(1), torch.from_numpy(self.dataset.labels)[indices]
+        query = torch.arange(len(indices)) % 5 == 0
+        bank = features[~query], labels[~query]
+        return round(knn_accuracy(*bank, features[query], labels[query]), 2)
 
     def settings(self):
         """What must be the same when a run goes on: {name: value}."""
         cfg = self.cfg
         settings = {"script": cfg.script, **dataclasses.asdict(cfg), "videos": len(self.dataset)}
         for path in (sys.modules[type(cfg).__module__].__file__, __file__):
-            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            settings[os.path.basename(path)] = digest
+            settings[Path(path).name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         return settings
 
     def save(self):
         """Write last.pth, all that a resume needs, and backbone.pth, what others load."""
         if self.losses:
             self.losses = list(self.mean_losses())
-        self.saved = time.monotonic()
-        self.bad_videos = sorted(set().union(*gather_objects(self.bad_videos)))
-        if rank() > 0:
-            return
-        network, config = self.model.encoder.backbone, self.settings()
+        network, settings = self.model.encoder.backbone, self.settings()
         last = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "losses": self.losses,
             "bad_videos": self.bad_videos,
-            "cfg": config,
-            "log_bytes": self.log_path.stat().st_size if self.log_path.exists() else 0,
+            "cfg": settings,
+            "log_bytes": self.log_bytes,
         }
-        if not all_finite(last):
+        states = [last["model"], *self.optimizer.state.values()]
+        if not all(tensor.isfinite().all() for state in states for tensor in state.values()):
             self.diverge(f"weights are not finite after step {self.step}")
-        config = config | {"step": self.step, "finished": self.finished}
+        more = {"step": self.step, "finished": self.finished, "feature_dim": network.feature_dim}
         state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
-        backbone = {"state_dict": state, "config": config | {"feature_dim": network.feature_dim}}
+        backbone = {"state_dict": state, "config": settings | more}
         for name, content in (("backbone", backbone), ("last", last)):
-            write_file(f"{self.cfg.out}/{name}.pth", functools.partial(torch.save, content))
-        Path(self.cfg.out, "diverged").unlink(missing_ok=True)
+            write_file(self.out / f"{name}.pth", functools.partial(torch.save, content))
+        (self.out / "diverged").unlink(missing_ok=True)
 
-    def resume(self):
+    def resume(self, path):
         """Go on from last.pth if there is one, on all ranks from the same step."""
-        path = Path(self.cfg.out, "last.pth")
-        log_bytes = 0
         if path.exists():
-            try:
-                log_bytes = self.restore(path)
-            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-                fail(f"{path} cannot go on in this run ({error!r:.200}); choose another --out")
+            saved = read_file(path)
+            self.compare(saved, path)
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.losses = [loss.to(device()) for loss in saved["losses"]]
+            self.step, self.bad_videos = saved["step"], saved["bad_videos"]
+            self.log_bytes = saved["log_bytes"]
+            print_main(f"{path}: going on after step {self.step}")
         steps = gather_objects(self.step)
         if len(set(steps)) > 1:
             fail(f"the ranks found steps {steps} in {path}: is its disk not shared?")
-        if rank() == 0:
-            for orphan in path.parent.glob("*.pth.*.tmp"):  # of a save that was killed
-                orphan.unlink()
-            if self.log_path.exists() and self.log_path.stat().st_size > log_bytes:
-                os.truncate(self.log_path, log_bytes)  # what came later is logged again
 
-    def restore(self, path):
-        """Take over a checkpoint; returns log_bytes. Ends the process if it is of another run."""
-        saved = read_file(path)
-        finished = saved["step"] == self.total
+    def compare(self, saved, path):
+        """End the process if a checkpoint is of another run; warn if the code has changed."""
         for name, now in self.settings().items():
             was = saved["cfg"].get(name)
-            if was == now or name in FREE:
-                continue
-            if name == "lr" and now < was and (path.parent / "diverged").exists():
+            lower = name == "lr" and now < was and (self.out / "diverged").exists()
+            if was == now or name in FREE or lower:
                 continue
             if not name.endswith(".py"):
                 flag = f"--{name.replace('_', '-')} {was}, not {now}"
                 fail(f"{path} was made with {flag}; choose another --out")
-            if finished:
+            if saved["step"] == self.total:
                 fail(f"{path} is finished, and {name} has changed since; choose another --out")
             print_main(f"WARN {name} has changed since that run began")
-        if not all_finite(saved) or not 0 <= saved["step"] <= self.total:
-            raise ValueError(f"step {saved['step']}, or weights that are not finite")
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.losses = [loss.to(device()) for loss in saved["losses"]]
-        self.step, self.bad_videos = saved["step"], saved["bad_videos"]
-        print_main(f"{path}: going on after step {self.step}")
-        return saved["log_bytes"]
 
-
-def clip_distance(starts):
-    """Mean seconds between the starts of two clips of a video; starts (B, V) or (B, V, T)."""
-    starts = starts.reshape(*starts.shape[:2], -1)[:, :, :1]  # (B, V, 1)
-    B, V, _ = starts.shape
-    return torch.cdist(starts, starts, p=1).sum() / B / max(1, V * (V - 1))
-
-
-def all_finite(content):
-    """Whether all tensors of the state dicts in a checkpoint are."""
-    states = [content["model"], *content["optimizer"]["state"].values()]
-    tensors = [torch.as_tensor(value) for state in states for value in state.values()]
-    return all(tensor.isfinite().all() for tensor in tensors)
+    def clean_up(self):
+        """Remove what was logged after the checkpoint, and what a save that was killed has left."""
+        if rank() == 0:
+            for orphan in self.out.glob("*.tmp"):
+                orphan.unlink()
+            with open(self.log_path, "ab") as file:
+                file.truncate(min(file.tell(), self.log_bytes))

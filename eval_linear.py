@@ -1,28 +1,23 @@
 """Linear probe and kNN: what a frozen backbone has learned.
 
-Measures The share of test videos that are classified correctly from the backbone's features: by
-         the votes of the nearest training videos, and by a linear classifier.
+Measures Test videos that kNN and a linear classifier on the backbone's features get right.
 Protocol Feichtenhofer et al., 2021 (arXiv 2104.14558), section 4: the classifier is trained on one
-         random clip per video and epoch, cropped and flipped, and tested on 10 clips x 3 crops per
-         video, whose softmax is averaged. --cached trains and tests it on the features of a few
-         clips per video, which are extracted once.
+         random clip per video and epoch, cropped and flipped, and tested on 10 clips x 3 crops,
+         whose softmax is averaged. --cached: on features of a few clips, extracted once.
 kNN      k = 20, cosine similarity s of features averaged over views, votes exp(s / 0.07).
-Differs  In the released code BN runs in training mode while the classifier is trained (--adapt-bn).
-         Here it runs in eval, so that every tensor of the backbone is frozen.
+Differs  BN is in eval (released code: in training mode), so that the whole backbone is frozen.
 Recipe   python eval_linear.py --weights out/byol-demo-rho2
          torchrun --nproc_per_node=8 eval_linear.py --weights backbone.pth --data kinetics
 """
 
 import contextlib
 import copy
-import functools
 import json
 import math
 import os
 import re
 import shlex
 import sys
-from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +26,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import nn
-from torchvision.transforms.v2.functional import to_pil_image
 
 import common
 from common import arg
@@ -40,15 +34,13 @@ from common import arg
 
 
 @dataclass
-class Evaluation(common.Config):
-    """The flags that eval_linear.py and finetune.py share."""
-
+class Evaluation(common.Config):  # the flags that finetune.py has too
     rho = 1
     timespan = None
     num_views = 1
     short_side = (math.inf, math.inf)  # fill_settings derives it from the size
 
-    weights: str = arg("", "pre-trained backbone or a run's folder")
+    weights: str = arg("", "pre-trained backbone or a run's folder; none: from scratch")
     val: str = arg("", "folder or list of the test videos; else found in or beside --data")
     allow_missing: bool = arg(False, "leave out videos that cannot be read, and count them")
     backbone: str = arg("slow_r50", "the network; else as trained", choices=common.BACKBONES)
@@ -72,7 +64,6 @@ class Config(Evaluation):
     cached: bool = arg(False, "train and test the classifier on features that are extracted once")
     cached_clips: int = arg(4, "clips per video, one crop each, for kNN and --cached")
     augment: str = arg("crop,flip", "in training without --cached; none: the middle")
-    adapt_bn: bool = arg(False, "BN in training mode without --cached, as in the released code")
     epochs: int = arg(60, "passes over the videos")
     lr: float = arg(0.5, "peak learning rate per 64 videos, scaled with the videos of a step")
     warmup: float = arg(8 / 60, "linear warm-up, as a share of the run")
@@ -86,34 +77,31 @@ DEMO = dict(backbone="tiny", frames=8, stride=4, size=32, cached=True)
 
 
 def fill_settings(cfg):
-    """Take what the flags do not say from the settings in the file of --weights, and derive
-    short_side, test_size and out. A run's folder becomes its backbone.pth."""
-    name = cfg.weights or "scratch"
+    """Take what the flags do not say from the settings in the file of --weights, which it returns,
+    and derive short_side, test_size and out. A run's folder becomes its backbone.pth."""
+    name, saved = cfg.weights or "scratch", {}
     if cfg.weights not in ("", "random"):
         path = Path(cfg.weights)
-        if path.is_dir():
-            path = path / "backbone.pth"
-        name = path.stem
-        if name in ("backbone", "last"):
-            name = path.absolute().parent.name
+        path = path / "backbone.pth" if path.is_dir() else path
+        ours = path.name in ("backbone.pth", "last.pth")
+        name = path.absolute().parent.name if ours else path.stem
         cfg.weights = str(path)
         try:
             content = common.read_file(path)
         except ValueError as error:
             common.fail(error)
-        saved = {}
-        if isinstance(content, dict):
-            saved = content.get("config") or content.get("cfg")  # of backbone.pth, of last.pth
-        if isinstance(saved, dict):
-            for setting in {"backbone", "frames", "stride", "size"} & saved.keys() - cfg.given:
-                setattr(cfg, setting, saved[setting])
-        if cfg.backbone not in common.BACKBONES:
-            common.fail(f"{path} is of a backbone that is not in common.py: {cfg.backbone}")
+        if not isinstance(content, dict):
+            common.fail(f"{path} holds no state dict")
+        found = content.get("config") or content.get("cfg")  # of backbone.pth, of last.pth
+        saved = found if isinstance(found, dict) else {}
+        for setting in {"backbone", "frames", "stride", "size"} & saved.keys() - cfg.given:
+            setattr(cfg, setting, saved[setting])
     cfg.short_side = tuple(round(cfg.size * side / 224) for side in (256, 320))
     cfg.test_size = cfg.test_size or common.test_size(cfg.size)
     if "out" not in cfg.given:
         data = f"{common.data_name(cfg)}-" if cfg.data else ""
         cfg.out = f"out/{cfg.script}-{data}{name}"
+    return saved
 
 
 def load(network, cfg):
@@ -141,11 +129,8 @@ PYTORCHVIDEO = {  # its names -> the released code's
 
 
 def load_weights(network, path):
-    """Load a backbone from our backbone.pth or last.pth, the released contrastive .pyth (its query
-    network) or classifier, pytorchvideo's slow_r50, or torchvision's r2plus1d_18 or s3d.
-
-    Returns the number of tensors, which is all of the backbone's; raises ValueError, one line, if
-    one is missing, of another shape, or not finite."""
+    """Load a backbone of ours, the released .pyth (of contrastive ones the query network),
+    pytorchvideo's or torchvision's. Returns the number of tensors; ValueError unless all fit."""
     content = common.read_file(path)
     for key in ("model_state", "state_dict", "model"):
         if isinstance(content, dict) and key in content:
@@ -163,10 +148,8 @@ def load_weights(network, path):
         found = max(found, here, key=len)
     part = f"{path} has {len(found)} of the backbone's {len(wanted)} tensors"
     for name, tensor in wanted.items():
-        if name not in found:
-            raise ValueError(f"{part}; {name} is missing")
-        if found[name].shape != tensor.shape:
-            raise ValueError(f"{part}; {name} is of shape {(*found[name].shape,)}")
+        if name not in found or found[name].shape != tensor.shape:
+            raise ValueError(f"{part}; {name} is missing or not of shape {tuple(tensor.shape)}")
         if not found[name].isfinite().all():
             raise ValueError(f"{path}: {name} is not finite")
     network.load_state_dict(found)
@@ -177,10 +160,8 @@ def load_weights(network, path):
 
 
 def test_set(cfg, dataset):
-    """The videos to test on, with the classes of the training videos `dataset`.
-
-    Ends the process if there are none, or where labels do not fit; warns of classes without a test
-    video and of videos that are in both sets."""
+    """The videos to test on, with the classes of the training videos `dataset`. Ends the process if
+    there are none or labels do not fit; warns of untested classes and of videos in both sets."""
     source = cfg.val or common.find_data(cfg)[1]
     if not source:
         common.fail("no test videos: give --val, or --data with train/ and val/")
@@ -194,18 +175,14 @@ def test_set(cfg, dataset):
     test = dataset.subset(paths, labels)
     for flag, part in (("--data", dataset), ("--val", test)):
         for index in np.flatnonzero(part.labels < 0):
-            words = "has videos without a label (a class folder, or a column of a list)"
-            common.fail(f"{flag} {words}: {part.path(index)}")
+            common.fail(f"{flag} has videos without a label, such as {part.path(index)}")
     if len(dataset.classes) < 2:
-        words = "at least two classes are needed"
-        common.fail(f"--data has one class, {dataset.classes[0]}: {words}")
+        common.fail(f"--data has one class, {dataset.classes[0]}: at least two are needed")
     if absent := sorted(set(dataset.classes) - set(labels)):
         common.print_main(f"WARN no test video of class {absent[0]} ({len(absent)} such)")
     train = {Path(dataset.path(index)).resolve() for index in range(len(dataset))}
     if both := train & {Path(path).resolve() for path in paths}:
-        words = f"{len(both)} videos are in --data and in --val, such as {min(both)}"
-        common.print_main(f"WARN {words}")
-    common.print_main(f"test: {len(test)} videos")
+        common.print_main(f"WARN {len(both)} videos are in --data and --val, such as {min(both)}")
     return test
 
 
@@ -218,56 +195,84 @@ def labelled_outputs(network, test_clips, allow_missing):
 def accuracies(scores, labels, classes):
     """Accuracies in percent of scores (n, classes), given labels (n,) and the classes' names:
     {"top1", "top5", "per_class": {name: top 1} of the classes that occur}."""
-    top = scores.topk(min(5, len(classes))).indices  # (n, 5)
-    hits = 100.0 * (top == labels[:, None])  # (n, 5)
-    result = {"top1": round(hits[:, 0].mean().item(), 2)}
-    result["top5"] = round(hits.sum(1).mean().item(), 2)
-    each = {name: hits[labels == number, 0] for number, name in enumerate(classes)}
-    result["per_class"] = {k: round(part.mean().item(), 2) for k, part in each.items() if len(part)}
+    hits = scores.topk(min(5, len(classes))).indices == labels[:, None]  # (n, 5)
+
+    def percent(hits):
+        return round(100 * hits.float().mean().item(), 2)
+
+    result = {"top1": percent(hits[:, 0]), "top5": percent(hits.any(1)), "per_class": {}}
+    for number in labels.unique().tolist():
+        result["per_class"][classes[number]] = percent(hits[labels == number, 0])
     return result
 
 
 def write_result(cfg, result, summary):
-    """Write a result, with what it takes to repeat it, to result.json; print a line of summary and
-    the path."""
+    """Write result.json, with what it takes to repeat it; print the summary and the path."""
+    path = f"{cfg.out}/result.json"
     result = result | {name: getattr(cfg, name) for name in ("weights", "backbone", "seed")}
     result |= {"command": shlex.join(sys.argv), "versions": common.versions()}
     text = json.dumps(result, indent=1) + "\n"
-    path = f"{cfg.out}/result.json"
     common.write_file(path, lambda file: file.write(text.encode()))
     common.print_main(f"{summary}\n{path}")
 
 
-def write_features(path, videos, features, indices):
-    """NPZ of features (n, D), labels (n,) and paths (n,) of videos, in the order of their list."""
-    rows = {"features": features.numpy(), "labels": videos.labels[indices]}
-    rows["paths"] = np.array([videos.path(index) for index in indices])
-    common.write_file(path, functools.partial(np.savez, **rows))
-    common.print_main(f"{path}: features of {len(indices)} of {len(videos)} videos")
-
-
 def write_neighbours(path, bank, queries, side=160):
-    """Picture of test videos, a row for each of six classes, and the five training videos nearest
-    by cosine. bank, queries: (videos, features (n, D), indices (n,)) of training, of testing."""
+    """Picture of six test videos, a row each, and the five training videos nearest by cosine. bank,
+    queries: (videos, features (n, views, D), indices (n,)) of training, of testing."""
     videos, features, indices = bank
     tests, test_features, test_indices = queries
-    picture = Image.new("RGB", (6 * side, 6 * (side + 28)))
-    _, first = np.unique(tests.labels[test_indices], return_index=True)  # of each class
-    for row, query in enumerate(first[:6]):
-        cosine = F.cosine_similarity(test_features[query], features, dim=-1)  # (n,)
-        nearest = indices[cosine.topk(min(5, len(indices))).indices].tolist()
-        shown = [(tests, int(test_indices[query]))] + [(videos, index) for index in nearest]
+    picture = Image.new("RGB", (6 * side, 6 * (side + 14)))
+    for row, query in enumerate(np.linspace(0, len(test_indices) - 1, 6, dtype=int)):
+        cosine = F.cosine_similarity(test_features[query].mean(0), features.mean(1))  # (n,)
+        nearest = indices[cosine.topk(min(5, len(indices))).indices]
+        shown = [(tests, test_indices[query]), *((videos, index) for index in nearest)]
         for column, (source, index) in enumerate(shown):
             with contextlib.closing(source.open(index, side)) as reader:
                 frames = torch.from_numpy(reader.read([reader.duration / 2]))  # (1, H, W, 3)
-            square = common.cut_squares(frames[None], side, 1)[0, :, 0]  # (3, side, side)
-            x, y = column * side, row * (side + 28)
-            picture.paste(to_pil_image(square), (x, y))
-            names = source.classes[source.labels[index]], os.path.basename(source.path(index))
-            text = "\n".join(name[-26:].encode("ascii", "replace").decode() for name in names)
-            ImageDraw.Draw(picture).text((x + 2, y + side), text, font_size=11)
-    common.write_file(path, functools.partial(picture.save, format="PNG"))
+            square = common.cut_squares(frames[None], side, 1)[0, :, 0].permute(1, 2, 0)
+            x, y = column * side, row * (side + 14)
+            picture.paste(Image.fromarray(square.numpy()), (x, y))
+            name = os.path.basename(source.path(index))
+            ImageDraw.Draw(picture).text((x + 2, y + side), ascii(name)[1:27], font_size=11)
+    common.write_file(path, lambda file: picture.save(file, "PNG"))
     common.print_main(f"{path}: test videos and their nearest training videos")
+
+
+def extract(cfg, backbone, videos):
+    """Features (n, views, D), without --cached averaged (n, 1, D); labels (n,) and indices (n,)."""
+
+    def encode(views):  # (views, 3, T, S, S) -> (views, D)
+        features = backbone(views)
+        return features if cfg.cached else features.mean(0, keepdim=True)
+
+    clips = common.TestClips(videos, cfg.cached_clips, size=cfg.test_size)
+    features, indices = common.extract_features(encode, clips, cfg.allow_missing)
+    return features, torch.from_numpy(videos.labels)[indices], indices
+
+
+def report(cfg, test, knn, scores, labels):
+    """Write and print accuracies: of kNN, and of scores (n, classes), given labels (n,)."""
+    views = cfg.cached_clips
+    protocol = f"cached features, {views} clips x 1 crop, BN in eval"
+    if not cfg.cached:
+        views = cfg.test_clips * cfg.test_crops
+        crops = f"{cfg.test_clips} clips x {cfg.test_crops} crops at {cfg.test_size}"
+        protocol = f"{cfg.epochs} epochs of random clips; {crops}; BN in eval"
+    n, classes = scores.shape
+    linear = accuracies(scores, labels, test.classes)
+    result = {
+        "knn_top1": round(knn, 2),
+        "linear_top1": linear["top1"],
+        "linear_top5": linear["top5"],
+        "n": n,
+        "missing": len(test) - n,
+        "classes": classes,
+        "protocol": protocol,
+        "views": views,
+        "per_class": linear["per_class"],
+    }
+    size = f"({n} videos, {classes} classes, chance {100 / classes:.1f} %)"
+    write_result(cfg, result, f"linear {linear['top1']:.1f} %  kNN {knn:.1f} %  {size}")
 
 
 # --- method
@@ -285,7 +290,7 @@ class Probe(nn.Module):
         linear = nn.Linear(backbone.feature_dim, classes)
         nn.init.normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)
-        self.encoder = nn.Sequential(OrderedDict(backbone=backbone, linear=linear))
+        self.encoder = nn.ModuleDict({"backbone": backbone, "linear": linear})
 
     def forward(self, clips):
         """(B, 1, 3, T, H, W) -> features (B, 1, D), scores of the classes (B, classes), float32."""
@@ -300,17 +305,14 @@ class Probe(nn.Module):
         return scores.softmax(-1).mean(0)
 
 
-def assert_frozen(backbone, before, adapt_bn):
-    """No tensor of the backbone has moved; with adapt_bn none but BN's running statistics."""
-    weights = dict(backbone.named_parameters())
+def assert_frozen(backbone, before):
+    """No tensor of the backbone has moved."""
     for name, tensor in backbone.state_dict().items():
-        if name in weights or not adapt_bn:
-            assert torch.equal(tensor, before[name]), f"{name} has moved"
+        assert torch.equal(tensor, before[name]), f"{name} is not as in --weights"
 
 
 def cached_probe(cfg, train, labels, test, classes):
-    """Train a linear classifier on features (n, views, D), standardised by their mean and standard
-    deviation; return its softmax on the test features, averaged over their views: (m, classes)."""
+    """Train on standardised features (n, views, D); return softmax on others, (m, classes)."""
     mean = train.mean((0, 1))
     std = train.std((0, 1)) + 1e-6
     train = (train - mean) / std
@@ -335,10 +337,11 @@ def cached_probe(cfg, train, labels, test, classes):
 def probe_on_clips(cfg, dataset, model):
     """Train the classifier on clips, the backbone frozen; return whether training is finished."""
     common.fit_to_videos(cfg, len(dataset))
-    model.encoder.backbone.train(cfg.adapt_bn)
+    before = copy.deepcopy(model.encoder.backbone.state_dict())
     network = common.wrap_ddp(model, cfg)
     optimizer = common.make_optimizer(model, cfg)
     run = common.Run(cfg, dataset, model, optimizer, chance=math.log(len(dataset.classes)))
+    assert_frozen(model.encoder.backbone, before)  # a resumed run has the weights of --weights
     for batch in run.batches():
         with common.autocast():
             features, scores = network(batch["clips"])  # (B, 1, D), (B, classes), float32
@@ -347,57 +350,19 @@ def probe_on_clips(cfg, dataset, model):
         loss.backward()
         optimizer.step()
         run.record(loss, features=features)
-    model.eval()
+    assert_frozen(model.encoder.backbone, before)
     return run.finished
-
-
-# --- evaluation
-
-
-def extract(cfg, backbone, videos):
-    """Features (n, views, D) of the videos that can be read, and their indices (n,); only the mean
-    over the views, (n, 1, D), unless --cached takes each as a sample."""
-
-    def encode(views):  # (views, 3, T, S, S) -> (views, D)
-        features = backbone(views)
-        return features if cfg.cached else features.mean(0, keepdim=True)
-
-    clips = common.TestClips(videos, cfg.cached_clips, size=cfg.test_size)
-    return common.extract_features(encode, clips, cfg.allow_missing)
-
-
-def report(cfg, test, knn, scores, labels):
-    """Write and print the accuracies of kNN and of softmax scores (n, classes), given labels (n,),
-    where n of the test videos could be read."""
-    views = cfg.cached_clips
-    protocol = f"cached features, {views} clips x 1 crop, BN in eval"
-    if not cfg.cached:
-        views = cfg.test_clips * cfg.test_crops
-        crops = f"{cfg.test_clips} clips x {cfg.test_crops} crops at {cfg.test_size}"
-        norm = "adapted" if cfg.adapt_bn else "in eval"
-        protocol = f"{cfg.epochs} epochs of random clips; {crops}; BN {norm}"
-    n, classes = scores.shape
-    linear = accuracies(scores, labels, test.classes)
-    result = {"knn_top1": round(knn, 2), "linear_top1": linear["top1"]}
-    result |= {"linear_top5": linear["top5"], "n": n, "missing": len(test) - n, "classes": classes}
-    result |= {"protocol": protocol, "views": views, "per_class": linear["per_class"]}
-    summary = f"linear {linear['top1']:.1f} %  kNN {knn:.1f} %"
-    write_result(
-        cfg, result, f"{summary}  ({n} videos, {classes} classes, chance {100 / classes:.1f} %)"
-    )
 
 
 def main(argv=None):
     cfg = common.parse_args(Config, DEMO, argv)
     if not cfg.weights:
         common.fail("--weights is missing: a file, a run's folder, or random")
-    if cfg.adapt_bn and cfg.cached:
-        common.fail("--adapt-bn is about training on clips: it needs --no-cached")
     if min(cfg.cached_clips, cfg.test_clips, cfg.test_crops) < 1:
         common.fail("--cached-clips, --test-clips and --test-crops must be 1 or more")
     for path in (cfg.extract, cfg.neighbours):
-        if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
-            common.fail(f"cannot write a file {path}")
+        if not Path(path).absolute().parent.is_dir():
+            common.fail(f"cannot write {path}: there is no such folder")
     fill_settings(cfg)
     common.init_distributed(cfg)
     dataset = common.VideoClips(cfg, sample_clips)
@@ -406,26 +371,23 @@ def main(argv=None):
     backbone = model.encoder.backbone
     load(backbone, cfg)
     if cfg.extract:
-        features, indices = extract(cfg, backbone, dataset)
-        write_features(cfg.extract, dataset, features.mean(1), indices)
+        features, labels, indices = extract(cfg, backbone, dataset)
+        paths = np.array([dataset.path(index) for index in indices])
+        rows = {"features": features.mean(1).numpy(), "labels": labels.numpy(), "paths": paths}
+        common.write_file(cfg.extract, lambda file: np.savez(file, **rows))
+        common.print_main(f"{cfg.extract}: features of {len(indices)} of {len(dataset)} videos")
         return
     if not cfg.cached:
-        before = copy.deepcopy(backbone.state_dict())
-        finished = probe_on_clips(cfg, dataset, model)
-        assert_frozen(backbone, before, cfg.adapt_bn)
-        if not finished:
+        if not probe_on_clips(cfg, dataset, model):
             return
         clips = common.TestClips(test, cfg.test_clips, cfg.test_crops, cfg.test_size)
         scores, labels = labelled_outputs(model.softmax, clips, cfg.allow_missing)
-        backbone.load_state_dict(before)  # kNN is of the backbone as it came
-    train, indices = extract(cfg, backbone, dataset)
-    queries, test_indices = extract(cfg, backbone, test)
-    train_labels = torch.from_numpy(dataset.labels)[indices]
-    labels = torch.from_numpy(test.labels)[test_indices]
+    train, train_labels, train_indices = extract(cfg, backbone, dataset)
+    queries, labels, indices = extract(cfg, backbone, test)
     knn = common.knn_accuracy(train.mean(1), train_labels, queries.mean(1), labels)
     if cfg.neighbours:
-        bank = dataset, train.mean(1), indices
-        write_neighbours(cfg.neighbours, bank, (test, queries.mean(1), test_indices))
+        bank = dataset, train, train_indices
+        write_neighbours(cfg.neighbours, bank, (test, queries, indices))
     if cfg.cached:
         scores = cached_probe(cfg, train, train_labels, queries, len(dataset.classes))
     report(cfg, test, knn, scores, labels)

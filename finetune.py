@@ -25,7 +25,6 @@ import json
 import math
 import os
 import re
-from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 
@@ -45,9 +44,34 @@ from common import arg
 # --- config
 
 
+# The paper's numbers but where a comment says another's; lr is per 64 videos. A flag wins.
+SETTINGS = {
+    "folder": {},  # as in Config
+    "ucf101": {},
+    "hmdb51": {},
+    # of the released Kinetics/SLOW_8x8_R50
+    "kinetics": dict(epochs=196, lr=0.1, lr_steps=(), warmup=34 / 196, recipe="released")
+    | dict(weight_decay=1e-4, dropout=0.5),
+    "ssv2": dict(epochs=22, lr=0.12, lr_steps=(14 / 22, 18 / 22), augment="crop")
+    | dict(warmup=0.19 / 22, weight_decay=1e-6, dropout=0.5)  # released
+    | dict(test_clips=1, test_crops=1),
+    "charades": dict(epochs=60, lr=0.2, lr_steps=(40 / 60, 50 / 60), warmup=5 / 60)
+    | dict(weight_decay=1e-4, dropout=0.5)  # released
+    | dict(frames=16, stride=8),
+    "ava": dict(epochs=32, lr=0.3, lr_steps=(16 / 32, 24 / 32, 28 / 32))
+    | dict(warmup=5.3 / 32, weight_decay=1e-7, dropout=0.5),  # released
+}
+RELEASED = dict.fromkeys(  # here, for a folder and hmdb51: they have no config
+    ("folder", "ucf101", "hmdb51"), dict(lr=0.01, lr_steps=(), augment="crop,flip,tint")
+)
+RELEASED["ava"] = dict(box_score=0.9)
+# Charades/SLOWFAST_16x8_R50, lr 0.0375 per 16 videos; its warm-up is unverified
+RELEASED["charades"] = dict(epochs=57, lr=0.15, lr_steps=(41 / 57, 49 / 57), warmup=4 / 57)
+
+
 @dataclasses.dataclass
 class Config(eval_linear.Evaluation):  # the paper's numbers for UCF101 and HMDB51
-    dataset: str = arg("folder", "folder, kinetics, ucf101, hmdb51, ssv2, charades or ava")
+    dataset: str = arg("folder", "the data set", choices=tuple(SETTINGS))
     recipe: str = arg("paper", "whose settings", choices=("paper", "released"))
     split: int = arg(1, "of ucf101 and hmdb51: 1, 2 or 3")
     boxes: str = arg("", "ava: csv of detected boxes to test on; none: the annotated ones")
@@ -62,55 +86,39 @@ class Config(eval_linear.Evaluation):  # the paper's numbers for UCF101 and HMDB
     sync_bn: bool = arg(True, "on GPUs: BN over all ranks (released)")
 
 
-# The paper's numbers where nothing else is said. A flag wins.
-SETTINGS = {"folder": {}, "ucf101": {}, "hmdb51": {}}
-SETTINGS["kinetics"] = dict(epochs=196, lr=0.1, lr_steps=(), warmup=34 / 196)  # released, as the
-SETTINGS["kinetics"] |= dict(weight_decay=1e-4, dropout=0.5)  # rest: Kinetics/SLOW_8x8_R50
-SETTINGS["ssv2"] = dict(epochs=22, lr=0.12, lr_steps=(14 / 22, 18 / 22), weight_decay=1e-6)
-SETTINGS["ssv2"] |= dict(dropout=0.5, augment="crop", test_clips=1, test_crops=1)
-SETTINGS["ssv2"] |= dict(warmup=0.19 / 22)  # released
-SETTINGS["charades"] = dict(epochs=60, lr=0.2, lr_steps=(40 / 60, 50 / 60), warmup=5 / 60)
-SETTINGS["charades"] |= dict(weight_decay=1e-4, dropout=0.5, frames=16, stride=8)
-SETTINGS["ava"] = dict(epochs=32, lr=0.3, lr_steps=(16 / 32, 24 / 32, 28 / 32), warmup=5.3 / 32)
-SETTINGS["ava"] |= dict(weight_decay=1e-7, dropout=0.5)  # released
-RELEASED = {"ava": dict(box_score=0.9)}
-RELEASED["ucf101"] = dict(lr=0.01, lr_steps=(), augment="crop,flip,tint")
-RELEASED["hmdb51"] = RELEASED["ucf101"]  # here: there is no released config
-# Charades/SLOWFAST_16x8_R50, lr 0.0375 per 16 videos; its warm-up is unverified
-RELEASED["charades"] = dict(epochs=57, lr=0.15, lr_steps=(41 / 57, 49 / 57), warmup=4 / 57)
-
 # here: what learns in seconds on a CPU
 DEMO = dict(backbone="tiny", stride=4, size=32, test_clips=4, test_crops=1, dropout=0.0, epochs=40)
 DEMO |= dict(batch_size=40, optimizer="adamw", lr=4.8e-3, warmup=0.075, weight_decay=1e-4)
-DEMO |= dict(lr_steps=(), recipe="demo")
+DEMO |= dict(lr_steps=())
 
 
-def use_settings(cfg):
-    """Take the settings of the data set, of the recipe, of weights, where no flag was given."""
-    if cfg.dataset not in SETTINGS:
-        common.fail(f"--dataset {cfg.dataset}: one of {', '.join(SETTINGS)}")
-    for flag, fits in (("boxes", cfg.dataset == "ava"), ("val", cfg.dataset not in PARSERS)):
-        if getattr(cfg, flag) and not fits:
-            common.fail(f"--{flag} does not go with --dataset {cfg.dataset}")
-    if cfg.dataset in PARSERS and not cfg.data:
+def use_settings(cfg, weights):
+    """Take the settings of the data set and of the recipe where no flag was given; weights: the
+    settings with which they were trained."""
+    if cfg.boxes and cfg.dataset != "ava":
+        common.fail(f"--boxes does not go with --dataset {cfg.dataset}")
+    for name in {"rotate", "noise", "sobel"} & set(cfg.augment.split(",")):
+        if cfg.dataset == "ava":
+            common.fail(f"--augment {name} does not go with --dataset ava: boxes cannot follow")
+    if cfg.val and cfg.dataset in PARSERS:
+        common.fail(f"--val does not go with --dataset {cfg.dataset}")
+    if not cfg.data and cfg.dataset in PARSERS:
         common.fail(f"--data is missing: {cfg.dataset} has no demo")
-    script = ""
-    if Path(cfg.weights).is_file():
-        script = eval_linear.saved_settings(cfg.weights).get("script")
     settings = SETTINGS[cfg.dataset]
     if cfg.recipe == "released":
         settings = settings | RELEASED.get(cfg.dataset, {})
-    if cfg.dataset == "ava" and script == "finetune":
+    if cfg.dataset == "ava" and weights.get("script") == "finetune":
         settings = settings | {"lr": 0.05}  # paper: from supervised weights
     if cfg.small or not cfg.data:
         settings = {"augment": "crop"} if cfg.dataset == "ssv2" else {}  # left, right are classes
+        cfg.recipe = "demo"
     for name in settings.keys() - cfg.given:
         setattr(cfg, name, settings[name])
     if cfg.lr_steps == (0.0,):
-        cfg.lr_steps = ()
+        cfg.lr_steps = ()  # half a cosine
     if max(cfg.lr_steps, default=0) >= 1:
         common.fail(f"--lr-steps {cfg.lr_steps}: shares of the run, below 1")
-    if script == "moco" and cfg.sync_bn:
+    if weights.get("script") == "moco" and cfg.sync_bn:
         words = "--no-sync-bn (ucf101: and --weight-decay 1e-4 --dropout 0.5)"
         common.print_main(f"after MoCo the released configs have {words}")
 
@@ -168,9 +176,10 @@ def ssv2(cfg, part):
     """train.json and validation.json: [{"id", "template"}], a template with [brackets]; labels.json
     has it without, numbered from "0". Older releases: something-something-v2-train.json and so on.
     """
-    words = ("train" if part == "train" else "validation", "labels")
-    names = [(f"something-something-v2-{word}.json", f"{word}.json") for word in words]
-    entries, labels = (json.loads(official(cfg, *pair)) for pair in names)
+    entries, labels = (
+        json.loads(official(cfg, f"something-something-v2-{name}.json", f"{name}.json"))
+        for name in ("train" if part == "train" else "validation", "labels")
+    )
     templates = [entry["template"].replace("[", "").replace("]", "") for entry in entries]
     if unknown := set(templates) - set(labels):
         raise ValueError(f"no label {min(unknown)}")
@@ -189,18 +198,18 @@ def charades(cfg, part):
 
 
 def ava(cfg, part):
-    """ava_train_v2.2.csv, ava_val_v2.2.csv: see read_people; in testing the boxes are those of
-    --boxes, if given. -> (name, ((film, second), people)) of each key frame."""
+    """ava_train_v2.2.csv, ava_val_v2.2.csv, in testing --boxes if given: see read_people. -> (name,
+    ((film, second), boxes, labels)) of each key frame, see person_labels."""
     text = official(cfg, f"ava_{'train' if part == 'train' else 'val'}_v2.2.csv")
-    least = 0.0
     if part == "test" and cfg.boxes:
-        text, least = Path(cfg.boxes).read_text(), cfg.box_score
-    excluded = set()  # lines `film,second`
-    if part == "test":
-        lines = csv.reader(official(cfg, "ava_val_excluded_timestamps_v2.2.csv").splitlines())
-        excluded = {(line[0], int(line[1])) for line in lines if line}
-    frames = read_people(text, least).items()
-    return [(f"{key[0]}.mp4", (key, people)) for key, people in frames if key not in excluded]
+        frames = read_people(Path(cfg.boxes).read_text(), cfg.box_score)
+    else:
+        frames = read_people(text)
+    if part == "test":  # lines `film,second`
+        text = official(cfg, "ava_val_excluded_timestamps_v2.2.csv")
+        for film, second in filter(None, csv.reader(text.splitlines())):
+            frames.pop((film, int(second)), None)
+    return [(f"{key[0]}.mp4", (key, *person_labels(people))) for key, people in frames.items()]
 
 
 def read_people(text, least=0.0):
@@ -210,10 +219,12 @@ def read_people(text, least=0.0):
     is the score, at least so much (released ava_helper.py, line 63), the action empty or -1."""
     frames = {}
     for film, second, *rest in csv.reader(text.splitlines()):
-        if not rest or (least and float(rest[-1]) < least):  # nobody is there
+        if not rest:  # nobody is there
             continue
         *box, action, person = rest
         x1, y1, x2, y2 = map(float, box)
+        if least and float(person) < least:
+            continue
         if not (-0.1 < x1 < x2 < 1.1 and -0.1 < y1 < y2 < 1.1):
             raise ValueError(f"a box of {film} is none in shares of width and height: {box}")
         people = frames.setdefault((film, int(float(second))), {})
@@ -221,6 +232,14 @@ def read_people(text, least=0.0):
         if action not in ("", "-1"):
             actions.append(int_in_range(action, 1, 80) - 1)
     return frames
+
+
+def person_labels(people):
+    """Boxes (m, 4) of the people of a key frame, in shares of its sides, and which of the actions
+    are theirs, (m, 80) bool."""
+    boxes = np.array([box[:4] for box in people]).reshape(-1, 4)
+    labels = [np.isin(range(80), actions) for actions in people.values()]
+    return boxes, np.array(labels)
 
 
 def ava_classes(cfg):
@@ -240,7 +259,9 @@ def listed(cfg, part):
     except (OSError, LookupError, AttributeError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         common.fail(f"--data {cfg.data}: cannot read a list of {cfg.dataset}: {reason}")
-    return found or common.fail(f"--data {cfg.data}: a list of {cfg.dataset} is empty")
+    if not found:
+        common.fail(f"--data {cfg.data}: a list of {cfg.dataset} is empty")
+    return found
 
 
 def listed_videos(cfg, part):
@@ -264,12 +285,6 @@ class Annotated(common.VideoClips):
     def __init__(self, cfg, paths, notes):
         super().__init__(cfg, eval_linear.sample_clips, videos=(paths, [""] * len(paths)))
         self.notes = notes
-
-    def prior_entropy(self):
-        """The loss of a model that knows how frequent each class is, and no more."""
-        targets = [torch.atleast_2d(self.target(index)) for index in range(len(self))]
-        shares = torch.cat(targets).mean(0)  # (classes,)
-        return F.binary_cross_entropy(shares, shares).item()
 
 
 class Charades(Annotated):
@@ -295,30 +310,33 @@ class AVA(Annotated):
     follow crop and flip, and their targets (M, 80)."""
 
     def target(self, index):
-        return torch.from_numpy(person_labels(self.notes[index][1], range(80))[1]).float()
+        return torch.from_numpy(self.notes[index][2]).float()
 
     def whole(self, index, short_side):
         """Whole pictures (T, 3, H, W) uint8 and boxes (M, 4) in pixels. A video of less than 20
         minutes is a cut of the film, from 900 s on (released ava_helper.py, line 121)."""
-        (_, second), people = self.notes[index]
+        (_, second), boxes, _ = self.notes[index]
         with contextlib.closing(self.open(index, short_side)) as reader:
             middle = second - 900 if reader.duration < 1200 else second
             start = np.array([middle - self.cfg.clip_seconds / 2])
             times = common.frame_times(start, self.cfg.frames, self.cfg.stride)  # (1, T)
             clip = torch.from_numpy(reader.read(times)[0]).permute(0, 3, 1, 2)
         height, width = clip.shape[2:]
-        boxes = person_labels(people, ())[0] * (width, height, width, height)
-        canvas = {"format": "XYXY", "canvas_size": (height, width)}
-        return clip, BoundingBoxes(boxes, dtype=torch.float32, **canvas)
+        boxes = torch.from_numpy(boxes * (width, height, width, height)).float()
+        return clip, BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
 
     def item(self, index, rng):
         clip, boxes = self.whole(index, int(rng.integers(*self.cfg.short_side, endpoint=True)))
         torch.default_generator.manual_seed(int(rng.integers(2**62)))  # the transforms draw from it
         clip, boxes = self.crop(clip, boxes)
         clip, boxes = self.color(v2.functional.to_dtype(clip, scale=True), boxes)
-        clips = common.normalize(clip).transpose(0, 1)[None]  # (1, 3, T, S, S)
-        item = {"clips": clips, "index": index, "starts": torch.zeros(1)}
-        return {**item, "boxes": boxes, "target": self.target(index)}
+        return {
+            "clips": common.normalize(clip).transpose(0, 1)[None],  # (1, 3, T, S, S)
+            "boxes": boxes,
+            "target": self.target(index),
+            "index": index,
+            "starts": torch.zeros(1),
+        }
 
     @staticmethod
     def collate(items):
@@ -337,8 +355,8 @@ class WholeClips(common.TestClips):
             clip, boxes = self.dataset.whole(index, self.size)
         except common.BadVideo as error:
             return {"index": index, "bad": str(error)}
-        item = {"clips": clip.transpose(0, 1)[None], "more": [F.pad(boxes, (1, 0))]}
-        return {**item, "index": index, "bad": ""}
+        clips, boxes = clip.transpose(0, 1)[None], F.pad(boxes, (1, 0))
+        return {"clips": clips, "more": [boxes], "index": index, "bad": ""}
 
 
 def make_datasets(cfg):
@@ -359,15 +377,13 @@ def make_datasets(cfg):
 # --- method
 
 
-class Classifier(nn.Module):
+class Classifier(eval_linear.Probe):
+    """A linear probe with dropout whose backbone is trained too."""
+
     def __init__(self, cfg, classes):
-        super().__init__()
-        backbone = common.backbone(cfg.backbone)
-        linear = nn.Linear(backbone.feature_dim, classes)
-        nn.init.normal_(linear.weight, std=0.01)
-        nn.init.zeros_(linear.bias)
-        layers = OrderedDict(backbone=backbone, dropout=nn.Dropout(cfg.dropout), linear=linear)
-        self.encoder = nn.Sequential(layers)
+        super().__init__(cfg, classes)
+        self.requires_grad_(True)
+        self.dropout = nn.Dropout(cfg.dropout)
         self.low_memory = cfg.low_memory
 
     def forward(self, clips, boxes=None):
@@ -377,7 +393,7 @@ class Classifier(nn.Module):
 
     def classify(self, features):
         with torch.autocast(features.device.type, enabled=False):  # rounded scores would tie
-            return self.encoder.linear(self.encoder.dropout(features))
+            return self.encoder.linear(self.dropout(features))
 
 
 class Detector(Classifier):
@@ -408,6 +424,15 @@ def dilate(backbone):
         if conv.kernel_size[2] == 3:
             conv.dilation = (1, 2, 2)
             conv.padding = (conv.padding[0], 2, 2)
+
+
+def chance_level(dataset):
+    """The loss of a model that knows how frequent each class is, or how many there are."""
+    if dataset.classes:
+        return math.log(len(dataset.classes))
+    targets = [torch.atleast_2d(dataset.target(index)) for index in range(len(dataset))]
+    shares = torch.cat(targets).mean(0)  # (classes,)
+    return F.binary_cross_entropy(shares, shares).item()
 
 
 # --- testing
@@ -448,9 +473,9 @@ def match_detections(boxes, scores, people, labels):
 def frame_precisions(frames):
     """Average precision at IoU 0.5 of each class, NaN where nobody has it; of frames (boxes,
     scores, people, labels), see match_detections."""
-    scores = np.concatenate([scores for _, scores, _, _ in frames])
+    scores = np.concatenate([frame[1] for frame in frames])
     right = np.concatenate([match_detections(*frame) for frame in frames])
-    totals = sum(labels.sum(0) for *_, labels in frames)
+    totals = sum(frame[3].sum(0) for frame in frames)
     columns = zip(scores.T, right.T, totals, strict=True)
     return [average_precision(*column, best=True) for column in columns]
 
@@ -462,27 +487,29 @@ def mean_precision(classes, values):
     return {"map": mean, "per_class": {name: round(value, 2) for name, value in found.items()}}
 
 
+def score_views(cfg, model, dataset, join):
+    """Scores (n, classes) of the n videos that can be read, and their indices (n,). join(scores of
+    the test views (views, classes)) -> (classes,)."""
+    clips = partial(segments, cfg) if cfg.dataset == "ssv2" else cfg.test_clips
+    test_clips = common.TestClips(dataset, clips, cfg.test_crops, cfg.test_size)
+
+    def score(views):  # (views, 3, T, S, S)
+        return join(model(views[:, None])[1])
+
+    return common.extract_features(score, test_clips, cfg.allow_missing)
+
+
 def test_classes(cfg, model, dataset):
     """Top 1 and top 5, of the mean softmax over views."""
-    clips = partial(segments, cfg) if cfg.dataset == "ssv2" else cfg.test_clips
-    views = common.TestClips(dataset, clips, cfg.test_crops, cfg.test_size)
-
-    def softmax(clips):  # (views, 3, T, S, S)
-        return model(clips[:, None])[1].softmax(-1).mean(0)
-
-    scores, labels = eval_linear.labelled_outputs(softmax, views, cfg.allow_missing)
+    scores, indices = score_views(cfg, model, dataset, lambda views: views.softmax(-1).mean(0))
+    labels = torch.from_numpy(dataset.labels)[indices]
     result = eval_linear.accuracies(scores, labels, dataset.classes)
     return {**result, "n": len(scores), "classes": len(dataset.classes)}
 
 
 def test_charades(cfg, model, dataset):
     """Mean average precision, of the largest sigmoid over views."""
-    views = common.TestClips(dataset, cfg.test_clips, cfg.test_crops, cfg.test_size)
-
-    def sigmoid(clips):  # (views, 3, T, S, S)
-        return model(clips[:, None])[1].sigmoid().amax(0)
-
-    scores, indices = common.extract_features(sigmoid, views, cfg.allow_missing)
+    scores, indices = score_views(cfg, model, dataset, lambda views: views.sigmoid().amax(0))
     labels = torch.stack([dataset.target(index) for index in indices])
     columns = zip(scores.numpy().T, labels.numpy().T > 0, strict=True)
     values = [average_precision(*column) for column in columns]
@@ -493,7 +520,7 @@ def test_charades(cfg, model, dataset):
 def test_ava(cfg, model, dataset):
     """Mean frame precision. A key frame without boxes counts as missed, one that cannot be read
     does not count."""
-    most = max(len(people) for _, people in dataset.notes)
+    most = max(len(boxes) for _, boxes, _ in dataset.notes)
 
     def sigmoid(clips, boxes):  # (1, 3, T, H, W), (M, 5)
         scores = model(clips[None], boxes)[1].sigmoid()
@@ -502,42 +529,37 @@ def test_ava(cfg, model, dataset):
     views = WholeClips(dataset, clips=1, size=cfg.test_size)
     scores, indices = common.extract_features(sigmoid, views, cfg.allow_missing)
     classes = ava_classes(cfg)
-    scores = dict(zip(indices.tolist(), scores[:, :, list(classes)].numpy(), strict=True))
-    truth = dict(note for _, note in ava(dataclasses.replace(cfg, boxes=""), "test"))
+    numbers = list(classes)
+    scores = dict(zip(indices.tolist(), scores[:, :, numbers].numpy(), strict=True))
+    truth = {}
+    for _, (key, people, labels) in ava(dataclasses.replace(cfg, boxes=""), "test"):
+        truth[key] = people, labels[:, numbers]
+    nobody = np.zeros((0, 4)), np.zeros((0, len(classes)))
     frames = []
-    for index, (key, people) in enumerate(dataset.notes):
-        labels = person_labels(truth.pop(key, {}), classes)
+    for index, (key, boxes, _) in enumerate(dataset.notes):
+        there = truth.pop(key, nobody)
         if index in scores:
-            boxes, _ = person_labels(people, classes)
-            frames.append((boxes, scores[index][: len(boxes)], *labels))
-    for people in truth.values():
-        nothing = np.zeros((0, 4)), np.zeros((0, len(classes)))
-        frames.append((*nothing, *person_labels(people, classes)))
+            frames.append((boxes, scores[index][: len(boxes)], *there))
+    frames += [(*nobody, *there) for there in truth.values()]
     result = mean_precision(classes.values(), frame_precisions(frames))
     return {**result, "n": len(scores), "classes": len(classes)}
 
 
-def person_labels(people, classes):
-    """Boxes (m, 4) of the people of a key frame, and which of the classes are theirs, (m, classes)
-    bool."""
-    boxes = np.array([box[:4] for box in people]).reshape(-1, 4)
-    labels = [np.isin(list(classes), actions) for actions in people.values()]
-    return boxes, np.array(labels, bool).reshape(-1, len(classes))
-
-
 def report(cfg, dataset, result):
     """Print the result, and write it, with what it takes to repeat it, to result.json."""
-    views = cfg.test_clips * cfg.test_crops
     test = f"{cfg.test_clips} clips x {cfg.test_crops} crops at {cfg.test_size}"
     if cfg.dataset == "ava":
-        views, boxes = 1, cfg.boxes or "annotated"
-        test = f"1 clip a key frame, whole pictures at {cfg.test_size}, boxes: {boxes}"
-    protocol = f"{cfg.dataset}, {cfg.epochs} epochs of random clips, last epoch; {test}"
-    more = {"missing": len(dataset) - result["n"], "protocol": protocol, "views": views}
-    more |= {"recipe": cfg.recipe, "split": cfg.split}
+        test = f"whole pictures at {cfg.test_size}, boxes: {cfg.boxes or 'annotated'}"
+    result |= {
+        "missing": len(dataset) - result["n"],
+        "protocol": f"{cfg.dataset}, {cfg.epochs} epochs of random clips, last epoch; {test}",
+        "views": 1 if cfg.dataset == "ava" else cfg.test_clips * cfg.test_crops,
+        "recipe": cfg.recipe,
+        "split": cfg.split,
+    }
     name, value = next(iter(result.items()))  # top1 or map
     size = f"({result['n']} videos, {result['classes']} classes, recipe: {cfg.recipe})"
-    eval_linear.write_result(cfg, result | more, f"{name} {value} %  {size}")
+    eval_linear.write_result(cfg, result, f"{name} {value} %  {size}")
 
 
 # --- training
@@ -545,25 +567,21 @@ def report(cfg, dataset, result):
 
 def main(argv=None):
     cfg = common.parse_args(Config, DEMO, argv)
-    eval_linear.fill_settings(cfg)
-    use_settings(cfg)
+    use_settings(cfg, weights=eval_linear.fill_settings(cfg))
     common.init_distributed(cfg)
     dataset, test_data = make_datasets(cfg)
     common.fit_to_videos(cfg, len(dataset))
     if cfg.dataset == "ava":
         model, test = Detector(cfg, 80), test_ava
-        chance = dataset.prior_entropy()
     elif cfg.dataset == "charades":
         model, test = Classifier(cfg, 157), test_charades
-        chance = dataset.prior_entropy()
     else:
         model, test = Classifier(cfg, len(dataset.classes)), test_classes
-        chance = math.log(len(dataset.classes))
     eval_linear.load(model.encoder.backbone, cfg)
     model.to(common.device())
     network = common.wrap_ddp(model, cfg)
     optimizer = common.make_optimizer(model, cfg)
-    run = common.Run(cfg, dataset, model, optimizer, chance)
+    run = common.Run(cfg, dataset, model, optimizer, chance_level(dataset))
     for batch in run.batches():
         with common.autocast():
             features, scores = network(batch["clips"], batch.get("boxes"))  # (B, 1, D), (B, C)

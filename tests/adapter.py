@@ -15,6 +15,7 @@ import torch
 
 import common
 
+
 def command_line(data, out, max_steps, settings):
     """The flags of a run that reads its settings (a dict) from here and writes one log line.
 

@@ -30,8 +30,8 @@ TRICKS = ["spin", "bounce", "swing", "pulse"]
 
 
 def demo_videos(folder, seed=0, scenes=4, train=400, val=200):
-    """Make <folder>/{train,val}/<coat>-<trick>/NNNN.mp4 unless the folder exists; the same bytes for
-    the same seed. Returns the folder."""
+    """Make <folder>/{train,val}/<coat>-<trick>/NNNN.mp4 unless the folder exists; the same bytes
+    for the same seed. Returns the folder."""
     folder = Path(folder)
     if folder.exists():
         return folder

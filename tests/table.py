@@ -1,12 +1,44 @@
-"""The README's tables from the files in tests/results: python tests/table.py"""
+"""The tables of the books, from the files in tests/results.
+
+    python tests/table.py
+
+rewrites, in README.md, tests/classroom.md and tests/results/README.md, each table that follows a
+line such as <!-- table demo -->; the word is the name of a function below.
+"""
 
 import json
+import re
 import statistics
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+BOOKS = [ROOT / "README.md", ROOT / "tests/classroom.md", RESULTS / "README.md"]
 METHODS = {"simclr": "SimCLR", "moco": "MoCo", "byol": "BYOL", "swav": "SwAV"}
 RHOS = (1, 2, 4)
+IDEAS = {
+    "simclr": "near its own, far from others",
+    "moco": "SimCLR against a queue of keys",
+    "byol": "predict what a slow copy outputs",
+    "swav": "predict the other clip's balanced prototype",
+}
+
+# The study's own numbers (arXiv 2104.14558), top-1 in percent: K400 linear, UCF101 fine-tuned.
+STUDY = {  # rho -> SimCLR, MoCo, BYOL, SwAV; 200 epochs
+    1: ["36.1 / 84.2", "61.0 / 90.8", "60.6 / 91.2", "38.6 / 74.7"],
+    2: ["60.5 / 88.9", "65.8 / 91.0", "65.8 / 92.7", "61.6 / 87.3"],
+    3: ["62.0 / 87.9", "67.3 / 92.8", "68.3 / 93.8", "62.7 / 89.4"],
+    4: ["out of memory", "67.8 / 93.5", "68.9 / 93.8", "out of memory"],
+}
+EPOCHS = {  # epochs -> the same; rho 2
+    50: ["45.7 / 79.7", "52.6 / 84.6", "30.2 / 78.5", "55.9 / 81.4"],
+    100: ["57.3 / 85.6", "60.5 / 89.5", "47.6 / 88.6", "59.4 / 85.5"],
+    200: ["60.5 / 88.9", "65.8 / 91.0", "65.8 / 92.7", "61.6 / 87.3"],
+    400: ["62.0 / 87.9", "67.4 / 92.5", "66.9 / 92.8", "62.9 / 88.3"],
+    800: ["61.8 / 88.4", "67.4 / 93.2", "66.2 / 93.6", "63.2 / 89.5"],
+}
+
+# Assignment | run | stem of its files.
 CLASSROOM = """1 | BYOL | byol-rho2-seed0
 1 | no predictor | class-nopredictor
 1 | no stop-gradient | class-nostopgrad
@@ -27,12 +59,24 @@ CLASSROOM = """1 | BYOL | byol-rho2-seed0
 5 | the whole video | simclr-rho2-seed0
 6 | SimCLR, one scene, rho 1 | class-scenes1-rho1
 6 | one scene, rho 2 | class-scenes1-rho2
+6 | one scene, random weights | class-scenes1-random
 6 | four scenes, rho 1 | simclr-rho1-seed0
 6 | four scenes, rho 2 | simclr-rho2-seed0
 7 | SwAV | swav-rho2-seed0
 7 | no balance | class-sinkhorn0
 8 | BYOL | byol-rho2-seed0
-8 | SimSiam | class-simsiam"""
+8 | SimSiam | class-simsiam
+9 | MoCo, rho 4, one softmax for each positive | moco-rho4-seed0
+9 | MoCo, rho 4, eq. (1) | class-eq1
+10 | BYOL, momentum 0.9 to 1 | byol-rho2-seed0
+10 | 0.9, constant | class-constant09
+10 | 0.99, constant | class-constant099
+11 | SimCLR, gap of 0.5 s | class-gap
+12 | playback speed alone | class-speed
+13 | SwAV | swav-rho2-seed0
+13 | SwAV with multi-crop | class-multicrop
+14 | SimCLR, i.i.d. clips | simclr-rho2-seed0
+14 | SimCLR, CVRL's sampler | class-cvrl"""
 STARTS = """random weights | finetune-scratch | tennis7-finetune-scratch | tennis7-random-rho0
 SimCLR, rho 1 | - | - | tennis7-simclr-rho1
 SimCLR, rho 2 | finetune-simclr-rho2 | tennis7-finetune-simclr | tennis7-simclr-rho2
@@ -50,24 +94,69 @@ def log(stem):
 
 
 def seeds(pattern, key):
-    """A number of result.json, one a seed, of the files that match."""
+    """A number of result.json, one per seed, of the files that match."""
     return [json.loads(path.read_text())[key] for path in sorted(RESULTS.glob(f"{pattern}.json"))]
 
 
 def cells(key):
-    """{(method, rho): percents, one a seed} of a number of result.json."""
+    """{(method, rho): percents, one per seed} of a number of result.json."""
     return {(m, rho): seeds(f"{m}-rho{rho}-seed?", key) for m in METHODS for rho in RHOS}
 
 
 def mean(percents):
-    """Mean, deviation over seeds where there are several, and how many there are."""
+    """Mean, standard deviation over seeds where there are several, and their number."""
+    if not percents:
+        return "–"
     spread = f" ± {statistics.stdev(percents):.1f}" if len(percents) > 1 else ""
-    return f"{statistics.mean(percents):.1f}{spread} ({len(percents)})" if percents else "–"
+    return f"{statistics.mean(percents):.1f}{spread} ({len(percents)})"
+
+
+def short(percents):
+    """Mean and standard deviation, without spaces."""
+    return mean(percents).split(" (")[0].replace(" ", "")
 
 
 def markdown(heads, rows):
     lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def first():
+    """README: what each method is, the study's numbers and the demo's."""
+    linear, rows = cells("linear_top1"), []
+    for i, (method, name) in enumerate(METHODS.items()):
+        study = [STUDY[rho][i].split(" / ")[0].replace("out of memory", "–") for rho in RHOS]
+        here = [short(linear[method, rho]).split("±")[0] for rho in RHOS]
+        row = [name, f"`{method}.py`", IDEAS[method], " / ".join(study), " / ".join(here)]
+        rows.append(row)
+    columns = "Kinetics-400, paper: rho 1 / 2 / 4", "demo, here: rho 1 / 2 / 4"
+    return markdown(["method", "file", "idea", *columns], rows)
+
+
+def demo_short():
+    """README: the demo's linear accuracies with their spread."""
+    linear, rows = cells("linear_top1"), []
+    for method, name in METHODS.items():
+        longer = short(seeds(f"{method}-rho2-80epochs-seed?", "linear_top1"))
+        rows.append([name, *[short(linear[method, rho]) for rho in RHOS], longer])
+    heads = "linear, percent", *[f"rho {rho}" for rho in RHOS], "rho 2, twice the epochs"
+    return markdown(heads, rows)
+
+
+def losses_short():
+    """README: losses of four real runs, and of one that collapses."""
+    rows = []
+    for name, stem in runs_with_logs().items():
+        at = {line["step"]: line for line in log(stem)}
+        rows.append([name, f"{at[10]['chance']:.2f}", *[f"{at[s]['loss']:.2f}" for s in (10, 100)]])
+        rows[-1] += [f"{at[400][key]:.2f}" for key in ("loss", "feature_std")]
+    heads = "", "chance", *[f"step {step}" for step in (10, 100, 400)], "feature_std at the end"
+    return markdown(heads, rows)
+
+
+def runs_with_logs():
+    stems = {name: f"{method}-rho2-seed0" for method, name in METHODS.items()}
+    return stems | {"BYOL without predictor": "class-nopredictor"}
 
 
 def demo():
@@ -75,9 +164,14 @@ def demo():
     rows, kinds = [], ("linear_top1", "knn_top1")
     for method, name in METHODS.items():
         rows.append([name, *[mean(cells(kind)[method, rho]) for rho in RHOS for kind in kinds]])
-    for method, name in METHODS.items():
-        longer = [seeds(f"{method}-rho{r}-80epochs-seed?", kind) for r in RHOS for kind in kinds]
-        rows += [[f"{name}, 80 epochs", *map(mean, longer)]] * any(longer)
+    others = {
+        f"{method}-rho{{}}-80epochs": f"{name}, 80 epochs" for method, name in METHODS.items()
+    }
+    others["swav-queue-rho{}"] = "SwAV with a feature queue"
+    for pattern, name in others.items():
+        found = [seeds(f"{pattern.format(rho)}-seed?", kind) for rho in RHOS for kind in kinds]
+        if any(found):
+            rows.append([name, *map(mean, found)])
     for name, pattern in (("random weights", "random"), ("supervised", "supervised")):
         rows.append([name, *[mean(seeds(f"{pattern}-seed?", kind)) for kind in kinds] * len(RHOS)])
     return markdown(["", *[f"rho {r}, {kind}" for r in RHOS for kind in ("linear", "kNN")]], rows)
@@ -86,8 +180,7 @@ def demo():
 def losses():
     """What the four logs say at some steps, and the run that collapses."""
     steps, rows = (10, 20, 50, 100, 200, 400), []
-    stems = {name: f"{method}-rho2-seed0" for method, name in METHODS.items()}
-    for name, stem in {**stems, "BYOL without predictor": "class-nopredictor"}.items():
+    for name, stem in runs_with_logs().items():
         at = {line["step"]: line for line in log(stem)}
         near = [at[100 * i]["knn_top1"] for i in (1, 2, 3, 4)]
         rows.append([name, f"{at[10]['chance']:.2f}", *[f"{at[s]['loss']:.3f}" for s in steps]])
@@ -102,10 +195,15 @@ def classroom():
     rows = []
     for line in CLASSROOM.splitlines():
         number, what, stem = line.split(" | ")
-        last, result = log(stem)[-1], read(stem)
-        numbers = last["loss"], last["chance"], last["feature_std"]
-        rows.append([number, what, *[f"{value:.3f}" for value in numbers]])
-        rows[-1] += [result["knn_top1"], result["linear_top1"]]
+        if not (RESULTS / f"{stem}.json").exists():
+            rows.append([number, what, "not run here", "", "", "", ""])
+            continue
+        losses = ["–"] * 3  # no log was kept
+        if (RESULTS / f"{stem}.jsonl").exists():
+            last = log(stem)[-1]
+            losses = [f"{last[key]:.3f}" for key in ("loss", "chance", "feature_std")]
+        result = read(stem)
+        rows.append([number, what, *losses, result["knn_top1"], result["linear_top1"]])
     return markdown(["", "run", "last loss", "chance", "feature_std", "kNN", "linear"], rows)
 
 
@@ -120,7 +218,7 @@ def halves():
 
 
 def finetuned():
-    """All layers trained, and the read-outs of frozen ones, from several starts."""
+    """All layers trained, and frozen backbones evaluated, from several starts."""
     rows = []
     for line in STARTS.splitlines():
         name, demo, tennis, frozen = line.split(" | ")
@@ -131,7 +229,7 @@ def finetuned():
 
 
 def decoding():
-    """CPU milliseconds a clip by each reader, from bench-decode.jsonl."""
+    """CPU milliseconds per clip by each reader, from bench-decode.jsonl."""
     heads, rows = "GOP | video | rho | ours | least | torchcodec | decord".split(" | "), []
     for m in log("bench-decode"):
         if "gop" in m:
@@ -140,7 +238,46 @@ def decoding():
     return markdown(heads, rows)
 
 
-TABLES = demo, halves, losses, classroom, finetuned, decoding
+def rebuild():
+    """Losses of the demo's first steps before and after the rebuild, from rebuild.jsonl."""
+    rows = []
+    for method, name in METHODS.items():
+        at = {line["step"]: line for line in log("rebuild") if line["method"] == method}
+        pairs = [f"{at[s]['before']:.4f} / {at[s]['after']:.4f}" for s in (1, 10, 30, 60)]
+        differences = [abs(m["after"] / m["before"] - 1) for m in at.values() if m["before"]]
+        rows.append([name, *pairs, f"{max(differences):.0e}"])
+    heads = "", *[f"step {step}" for step in (1, 10, 30, 60)], "largest relative difference"
+    return markdown(heads, rows)
+
+
+def study_rho():
+    return markdown(["rho", *METHODS.values()], [[rho, *row] for rho, row in STUDY.items()])
+
+
+def study_epochs():
+    return markdown(["epochs", *METHODS.values()], [[n, *row] for n, row in EPOCHS.items()])
+
+
+def tables():
+    """{name: table} of all tables."""
+    functions = first, demo_short, losses_short, demo, halves, losses, classroom, finetuned
+    functions += decoding, rebuild, study_rho, study_epochs
+    return {function.__name__: function() for function in functions}
+
+
+def filled(text):
+    """A book's text with its tables made anew, and the names of these."""
+    made, names = tables(), []
+
+    def table(match):
+        names.append(match[1])
+        return f"<!-- table {match[1]} -->\n{made[match[1]]}"
+
+    return re.sub(r"<!-- table (\w+) -->\n(?:\|.*\n)*", table, text), names
+
 
 if __name__ == "__main__":
-    print("\n\n".join(table() for table in TABLES))
+    for book in BOOKS:
+        text, names = filled(book.read_text())
+        book.write_text(text)
+        print(book, *names)

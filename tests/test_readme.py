@@ -1,4 +1,4 @@
-"""What the README says holds: its commands run, its numbers are those of the result files."""
+"""What the books say holds: commands run, tables are those of the result files, diffs apply."""
 
 import importlib
 import json
@@ -8,37 +8,54 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
 
+import byol
 import common
+import moco
 from conftest import ROOT
-from table import METHODS, RESULTS, RHOS, TABLES, cells, mean, seeds
+from demo_videos import demo_videos
+from table import BOOKS, METHODS, RESULTS, STUDY, cells, filled, seeds, tables
 from videos import make_video
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-PROGRAMS = ["python", "torchrun", "pip", "ffmpeg"]
+CLASSROOM = (ROOT / "tests" / "classroom.md").read_text()
+PAGES = [*BOOKS, ROOT / "tests" / "README.md"]
+PROGRAMS = ["python", "python3", "torchrun", "pip"]
 TOY = {f"--{name}": ["1"] for name in "epochs max-steps test-clips test-crops cached-clips".split()}
-TOY |= {"--batch-size": ["4"], "--small": [], "--workers": ["0"], "--warmup-epochs": ["0"]}
+TOY |= {"--batch-size": ["4"], "--small": [], "--workers": ["0"], "--warmup": ["0"]}
 TOY |= {"--knn-every": ["0"], "--log-every": ["1"]}
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, ucf101, hmdb51, ssv2, charades, ava):
-    """A folder with the scripts, and little data wherever the README's commands look for them."""
+    """A folder with the scripts, and little data wherever the books' commands look for them."""
     root = tmp_path_factory.mktemp("readme")
     for script in ROOT.glob("*.py"):
         (root / script.name).symlink_to(script)
     made = {"UCF101": ucf101, "HMDB51": hmdb51, "SomethingV2": ssv2, "Charades": charades}
     for name, folder in {**made, "AVA": ava}.items():
         (root / name).symlink_to(folder)
+    (root / "data").mkdir()
     for name in ("kinetics", "data/demo", "data/one-scene"):
-        common.demo_videos(root / name, train=8, val=4)
+        demo_videos(root / name, train=8, val=4)
     (root / "my").mkdir()
     (root / "my" / "videos").symlink_to(root / "kinetics" / "train")
-    (root / "videos").mkdir()
-    make_video(root / "videos" / "a.mp4", n=10)
+    rows = ["path,label,split"]
+    for path in sorted((root / "kinetics").glob("*/*/*.mp4")):
+        rows.append(f"{path},{path.parent.name},{path.parent.parent.name}")
+    (root / "my" / "videos.csv").write_text("\n".join(rows) + "\n")
+    make_video(root / "my" / "video.mp4", n=30)
     rows = [f"-e_5BBWC4,{second},0.05,0.1,0.45,0.9,,0.95" for second in (902, 904)]
     (root / "detected.csv").write_text("\n".join(rows) + "\n")
     return root
@@ -46,7 +63,7 @@ def place(tmp_path_factory, ucf101, hmdb51, ssv2, charades, ava):
 
 @pytest.fixture(scope="module")
 def commands(place):
-    """Each program that the README's blocks call, with its arguments, as bash makes them."""
+    """Each program that the books' blocks call, with its arguments, as bash makes them."""
     log, programs = place / "called", place / "bin"
     (place / ".venv" / "bin").mkdir(parents=True)
     (place / ".venv" / "bin" / "activate").touch()
@@ -56,7 +73,7 @@ def commands(place):
         (programs / name).write_text(f"#!/bin/bash\n{line}\n")
         (programs / name).chmod(0o755)
     path = f"{programs}:{os.environ['PATH']}"
-    for block in BLOCKS:
+    for block in [block for page in PAGES for block in blocks(page.read_text(), "sh")]:
         text = "set -u\n" + block.replace("HOST", "localhost")
         done = subprocess.run(["bash", "-c", text], cwd=place, env={"PATH": path}, text=True)
         assert done.returncode in (0, 1), block  # 1 is diff's
@@ -64,55 +81,65 @@ def commands(place):
 
 
 def toy(script, argv):
-    """A script's arguments, made small; what the README sets itself stays, but for the batch."""
-    recipe = importlib.import_module(script).Recipe
+    """A script's arguments, made small; what a book sets stays, but for batch and epochs."""
+    fields = importlib.import_module(script).Config.__dataclass_fields__
     for flag, value in TOY.items():
-        known = flag[2:].replace("-", "_") in {**vars(recipe), **vars(common._Flags)}
-        if known and (flag not in argv or flag == "--batch-size"):
+        known = flag[2:].replace("-", "_") in fields
+        if known and (flag not in argv or flag in ("--batch-size", "--epochs")):
             argv = [*argv, flag, *value]
     return argv
 
 
 def test_every_command_runs(place, commands, monkeypatch):
-    """Every call of a script in a command block, in the README's order, at toy size, torchrun's in
+    """Every call of a script in a command block, in the books' order, at toy size, torchrun's in
     one process: none fails."""
     monkeypatch.chdir(place)
     run = []
     for program, *argv in commands:
         at = next((i for i, word in enumerate(argv) if word.endswith(".py")), None)
-        if program == "python" and argv[0] == "-c":
-            exec(argv[1], {})
-        elif at is not None and "/" in argv[at]:
+        if at is None:
+            assert program in ("pip", "python3") or argv[:2] == ["-m", "pytest"], argv
+            continue
+        if "/" in argv[at]:
             assert (ROOT / argv[at]).exists()
-        elif at is not None:
-            script = argv[at].removesuffix(".py")
-            call = [script, *toy(script, argv[at + 1 :])]
-            if any(re.search("seed[12]", word) for word in call) or call in run:
-                continue  # of three seeds one will do
-            run.append(call)
-            try:
-                importlib.import_module(script).main(call[1:])
-            except SystemExit as stop:
-                assert stop.code == 0, call
+            continue
+        script = argv[at].removesuffix(".py")
+        call = [script, *toy(script, argv[at + 1 :])]
+        if any(re.search("seed[12]", word) for word in call) or call in run:
+            continue  # of three seeds one will do
+        run.append(call)
+        try:
+            importlib.import_module(script).main(call[1:])
+        except SystemExit as stop:
+            assert stop.code == 0, call
     assert {script for script, *_ in run} == {*METHODS, "eval_linear", "finetune"}
     assert len(run) >= 40
+    assert (place / "near.png").stat().st_size > 1000
+    assert (place / "features.npz").stat().st_size > 1000
 
 
-DIFFS = re.findall(r"```diff\n# (\w+)\.py: (.*?)\n(.*?)```", README, re.DOTALL)
+DIFFS = re.findall(r"^```diff\n# (\w+)\.py: (.*?)\n(.*?)^```", CLASSROOM, re.DOTALL | re.MULTILINE)
+
+
+def changed(script, text):
+    """A script's source with the hunks of a diff applied: each is there once."""
+    source = (ROOT / f"{script}.py").read_text()
+    for hunk in re.split(r"^@@\n", text, flags=re.MULTILINE):
+        lines = hunk.splitlines(keepends=True)
+        assert {line[0] for line in lines} <= set(" -+\n"), hunk
+        gone = "".join(line[1:] for line in lines if line[0] in " -")
+        come = "".join(line[1:] for line in lines if line[0] in " +")
+        assert source.count(gone) == 1, gone
+        source = source.replace(gone, come)
+    return source
 
 
 @pytest.mark.parametrize("script, name, text", DIFFS, ids=[name for _, name, _ in DIFFS])
 def test_classroom_diffs_apply_and_train(script, name, text, small, tmp_path, monkeypatch):
     """The lines that an assignment takes away are in the script once; with those that come instead,
-    fewer than 30 in all, it trains to the end."""
-    source = (ROOT / f"{script}.py").read_text()
-    assert sum(line[0] in "-+" for line in text.splitlines()) < 30
-    for hunk in re.split(r"^@@\n", text, flags=re.MULTILINE):
-        lines = hunk.splitlines(keepends=True)
-        gone, come = ("".join(ln[1:] for ln in lines if ln[0] == sign) for sign in "-+")
-        assert source.count(gone) == (1 if gone else len(source) + 1), gone
-        source = source.replace(gone, come)
-    (tmp_path / "assignment.py").write_text(source)
+    at most 40 in all, it trains to the end."""
+    assert sum(line[0] in "-+" for line in text.splitlines()) <= 40
+    (tmp_path / "assignment.py").write_text(changed(script, text))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "assignment", raising=False)
     importlib.import_module("assignment").main(small)
@@ -120,66 +147,175 @@ def test_classroom_diffs_apply_and_train(script, name, text, small, tmp_path, mo
     assert log[-1]["step"] == 4 and math.isfinite(log[-1]["loss"])
 
 
-def test_there_are_three_diffs():
-    """The two halves of the first assignment, and SimSiam."""
-    assert len(DIFFS) == 3
+def assignment(name):
+    """The module that an assignment's diff makes."""
+    script, text = next((script, text) for script, found, text in DIFFS if found == name)
+    module = type(sys)("changed")
+    exec(changed(script, text).partition("# --- training")[0], module.__dict__)
+    return module
 
 
-@pytest.mark.parametrize("table", TABLES)
-def test_tables_are_those_of_the_result_files(table):
-    """Every table of numbers in the README is what tests/table.py makes of the result files."""
-    assert table() in README
+def test_eq_1_is_the_papers(monkeypatch):
+    """The diff's loss is -log(sum e^p / sum e^p + sum e^n) by a loop; moco.py's at V = 2."""
+    monkeypatch.setitem(sys.modules, "changed", type(sys)("changed"))
+    found = assignment("eq. (1)").info_nce
+    torch.manual_seed(0)
+    q, k, queue = torch.randn(3, 4, 5), torch.randn(3, 4, 5), torch.randn(7, 5)
+    queue = torch.nn.functional.normalize(queue, dim=-1)
+    unit_q, unit_k = (torch.nn.functional.normalize(x, dim=-1) for x in (q, k))
+    terms = []
+    for b in range(3):
+        for i in range(4):
+            positive = sum((unit_q[b, i] @ unit_k[b, j] / 0.1).exp() for j in range(4) if j != i)
+            negative = (queue @ unit_q[b, i] / 0.1).exp().sum()
+            terms.append(-(positive / (positive + negative)).log())
+    torch.testing.assert_close(found(q, k, queue, 0.1), torch.stack(terms).mean())
+    two = q[:, :2], k[:, :2], queue, 0.1
+    torch.testing.assert_close(found(*two), moco.info_nce(*two))
 
 
-def test_the_first_table_repeats_the_demo():
-    """Its last column has the linear accuracies of the demo's table."""
-    linear = cells("linear_top1")
-    for method, name in METHODS.items():
-        row = next(line for line in README.splitlines() if line.startswith(f"| {name} | `"))
-        means = [mean(linear[method, rho]).split(" ")[0] for rho in RHOS]
-        assert f"| {' / '.join(means)} |" in row
+def test_samplers_of_the_classroom(monkeypatch):
+    """The gap is kept where the video has room; CVRL's distances are nearer than i.i.d. ones; the
+    times of playback speed are within the video."""
+    monkeypatch.setitem(sys.modules, "changed", type(sys)("changed"))
+    rng = np.random.default_rng(0)
+    for rho in (1, 2, 3):
+        starts = assignment("gap").sample_clips(10.0, 1.0, rho, math.inf, rng)
+        assert starts.shape == (rho,) and starts.min() >= 0 and starts.max() <= 9
+        assert (np.diff(np.sort(starts)) >= 1.5 - 1e-9).all()
+    sample = assignment("CVRL's sampler").sample_clips
+    distances = [abs(np.diff(sample(10.0, 1.0, 2, math.inf, rng))[0]) / 9 for _ in range(4000)]
+    assert abs(np.mean(distances) - 1 / 5) < 0.02
+    times = assignment("playback speed").sample_clips(8, 4.0, 1.0, 2, math.inf, rng)
+    assert times.shape == (2, 8) and times.min() >= 0 and times.max() <= 4
+    assert {*np.round(np.diff(times)[:, 0] * 8, 6)} <= {1.0, 2.0}
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_docstrings_and_first_table_agree(method):
-    """The accuracies of the released models are the same in both."""
-    said = re.search(r"the released model (.+); not run", (ROOT / f"{method}.py").read_text())[1]
-    cells = re.search(rf"^\| {METHODS[method]} \| `.+", README, re.MULTILINE)[0].split(" | ")
-    rho2, rho4 = cells[5].split(" / ")
-    assert said == f"{rho2} at rho 2" + f", {rho4} at rho 4" * (rho4 != "–")
+def test_the_diffs_of_the_classroom():
+    """Two of the first assignment, SimSiam, and one each of the last six but constant momentum."""
+    assert len(DIFFS) == 8
+
+
+@pytest.mark.parametrize("book", BOOKS, ids=lambda book: str(book.relative_to(ROOT)))
+def test_tables_are_those_of_the_result_files(book):
+    """Every table of numbers in a book is what tests/table.py makes of the result files."""
+    text = book.read_text()
+    again, names = filled(text)
+    assert again == text and names
+
+
+def test_every_table_is_shown():
+    """No table of tests/table.py is left out of the books."""
+    shown = {name for book in BOOKS for name in filled(book.read_text())[1]}
+    assert shown == {*tables()}
+
+
+@pytest.mark.parametrize("i, method", [*enumerate(METHODS)])
+def test_docstrings_have_the_papers_numbers(i, method):
+    """The K400 numbers after "paper" in a script's docstring are that method's in the study."""
+    said = importlib.import_module(method).__doc__.rpartition("paper")[2]
+    numbers = re.findall(r"\b\d\d\.\d\b", said)
+    study = {row[i].split(" / ")[0] for row in STUDY.values()}
+    assert len(numbers) >= 2 and set(numbers) <= study
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_what_the_readme_says_of_rho(method):
-    """In the committed results rho 2 is above rho 1 and random weights in every seed, and rho 4
-    above rho 2 in SimCLR and SwAV."""
+    """In the committed results rho 2 is above rho 1 and random weights in every seed; rho 4 is
+    above rho 2 in SimCLR, MoCo and SwAV, seed by seed."""
     linear = cells("linear_top1")
     assert min(linear[method, 2]) > max(linear[method, 1] + seeds("random-seed?", "linear_top1"))
-    if method in ("simclr", "swav"):
-        assert min(linear[method, 4]) > max(linear[method, 2])
+    gains = [four - two for two, four in zip(linear[method, 2], linear[method, 4], strict=True)]
+    assert (min(gains) > 0) == (method != "byol") and max(gains) > 0
+    longer = seeds(f"{method}-rho2-80epochs-seed0", "linear_top1")[0]
+    assert (longer > linear[method, 4][0]) == (method in ("moco", "byol"))
 
 
-def test_paths_exist():
-    """Every file that is named is there, but for those that a reader is told to make."""
-    names = set(re.findall(r"`((?:tests/)?\w+\.(?:py|txt))`", README)) - {
-        "nopredictor.py",
-        "nostopgrad.py",
-        "simsiam.py",
-    }
-    assert names and all((ROOT / name).exists() for name in names)
+def test_the_shown_run():
+    """The last lines of the demo that the README shows are those of a committed run."""
+    lines = [json.loads(line) for line in (RESULTS / "today-byol-rho2-seed0.jsonl").open()]
+    row = common.ROW.format(knn=lines[-1]["knn_top1"], **{**lines[-1], "knn_top1": None})
+    result = json.loads((RESULTS / "today-byol-rho2-seed0.json").read_text())
+    last = f"linear {result['linear_top1']:.1f} %  kNN {result['knn_top1']:.1f} %  (200 videos"
+    assert row in README and last in README
 
 
-def test_links_inside():
-    """Every link to a heading has one."""
-    heads = re.findall(r"^## (.+)$", README, re.MULTILINE)
-    there = {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}
-    assert set(re.findall(r"\]\(#(.+?)\)", README)) <= there
+def test_size_of_the_readme():
+    """It is read in one sitting: at most 260 lines and 3,000 words, the first screen 45 lines."""
+    assert len(README.splitlines()) <= 260
+    assert len(README.split()) <= 3000
+    assert README[: README.index("\n## ")].count("\n") <= 45
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_paths(page):
+    """Every local link leads to a file and a heading; every file that is named in code is there."""
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        if target.startswith("http"):
+            continue
+        name, _, heading = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists(), target
+        if heading:
+            where = path / "README.md" if path.is_dir() else path
+            heads = re.findall(r"^#+ (.+)$", where.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads}
+            assert heading in anchors, target
+    names = set(re.findall(r"`((?:tests/)?\w+\.(?:py|txt))`", text)) - READERS_OWN
+    for name in names:
+        assert (ROOT / name).exists() or (ROOT / "tests" / name).exists(), name
+
+
+READERS_OWN = {"nopredictor.py", "trainlist01.txt", "testlist01.txt"}
+
+
+def test_reading_jpgs(tmp_path, small):
+    """The README's reader of jpg folders gives the frames of its times; a method trains on it."""
+    code = next(block for block in blocks(README, "python") if "class JpgClips" in block)
+    assert len(code.strip().splitlines()) <= 20
+    names = {"common": common, "np": np, "Image": Image, "Path": Path, "v2": v2}
+    exec(code, names)
+    folders = []
+    for number in range(6):
+        folder = tmp_path / f"frames{number}"
+        folder.mkdir()
+        folders.append(folder.name)
+        for i in range(30):
+            frame = np.full((36, 48, 3), 8 * i, np.uint8)
+            Image.fromarray(frame).save(folder / f"{i:04d}.jpg", quality=100)
+    reader = names["JpgFrames"](str(tmp_path / "frames0"), 18)
+    assert reader.duration == 1.0
+    frames = reader.read(np.array([0.0, 0.5, 1 / 30, 5.0]))
+    assert frames.shape == (4, 18, 24, 3) and frames.dtype == np.uint8
+    assert np.abs(frames.mean((1, 2, 3)) - [0, 120, 8, 232]).max() < 3
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(common.BadVideo, match="no jpg files"):
+        names["JpgFrames"](str(tmp_path / "empty"), 18)
+    (tmp_path / "folders.txt").write_text("\n".join(folders) + "\n")
+    small[small.index("--data") + 1] = str(tmp_path / "folders.txt")
+    cfg = common.parse_args(byol.Config, byol.DEMO, small)
+    item = names["JpgClips"](cfg, byol.sample_clips)[0, 3]
+    assert item["clips"].shape == (2, 3, 4, 16, 16) and not item["bad"]
+
+
+def test_loading_a_backbone(place, commands, monkeypatch):
+    """The README's block that loads a backbone runs, on a run's folder."""
+    monkeypatch.chdir(place)
+    byol.main(toy("byol", ["--out", "out/byol-demo-rho2"]))
+    code = next(block for block in blocks(README, "python") if "load_backbone" in block)
+    names = {}
+    with torch.no_grad():
+        exec(code, names)
+    assert names["clip"].shape[:3] == (1, 3, names["cfg"].frames)
+    assert names["features"].shape == (1, names["backbone"].feature_dim)
+    mean = names["maps"].mean((2, 3, 4))
+    torch.testing.assert_close(mean, names["features"])
 
 
 def test_the_plot(tmp_path, monkeypatch):
-    """The five lines that plot a log, on a log of a real run."""
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    code = next(block for block in blocks if "matplotlib" in block)
+    """The classroom's lines that plot a log, on a log of a real run."""
+    code = next(block for block in blocks(CLASSROOM, "python") if "matplotlib" in block)
     assert len(code.strip().splitlines()) <= 5
     folder = tmp_path / "out" / "byol-demo-rho2"
     folder.mkdir(parents=True)
@@ -188,6 +324,29 @@ def test_the_plot(tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "agg")
     exec(code, {})
     assert (tmp_path / "log.png").stat().st_size > 1000
+
+
+def test_flags_of_the_readme():
+    """Every flag that the books name is one of a script's, or of a program that they call."""
+    known = set(
+        "--nproc_per_node --nnodes --rdzv-backend --rdzv-endpoint --signal --requeue".split()
+    )
+    known |= set("--scenes --quick --only --rdzv-id --max-restarts --help --check".split())
+    for script in (*METHODS, "eval_linear", "finetune"):
+        for name, field in importlib.import_module(script).Config.__dataclass_fields__.items():
+            known.add("--" + name.replace("_", "-"))
+            if isinstance(field.default, bool):
+                known.add("--no-" + name.replace("_", "-"))
+    for page in PAGES:
+        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", page.read_text()))
+        assert named <= known, (page, named - known)
+
+
+def test_backbones_of_the_readme():
+    """The README names every backbone, with its number of parameters in millions."""
+    for name in common.BACKBONES:
+        count = sum(p.numel() for p in common.backbone(name).parameters())
+        assert re.search(rf"`{name}` \({count / 1e6:.1f} M", README), name
 
 
 def test_slow_tests_wait_to_be_asked(capfd):
@@ -202,14 +361,8 @@ def test_slow_tests_wait_to_be_asked(capfd):
     assert collected == {(): {"test_readme.py"}, ("-m", "slow"): {"test_slow.py"}}
 
 
-def test_features_block(tmp_path, monkeypatch, capsys):
-    """The block that reads features.npz names the five videos most like the first, in order."""
-    import numpy as np
-
-    (block,) = (b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "npz" in b)
-    monkeypatch.chdir(tmp_path)
-    angles = np.array([0.0, 0.5, 0.1, 3.0, 0.3, 0.2, 0.4])
-    features = np.stack([np.cos(angles), np.sin(angles)], axis=1) * np.arange(1, 8)[:, None]
-    np.savez("features.npz", features=features, labels=angles, paths=np.array([*"abcdefg"]))
-    exec(block, {})
-    assert capsys.readouterr().out == "a ['c' 'f' 'e' 'g' 'b']\n"
+def test_requirements():
+    """The tests' requirements include the scripts', so that one installation will do."""
+    assert (
+        "-r ../requirements.txt" in (ROOT / "tests" / "requirements.txt").read_text().splitlines()
+    )

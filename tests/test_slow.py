@@ -8,10 +8,7 @@ import random
 import re
 import signal
 import statistics
-import subprocess
-import sys
 import time
-import uuid
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +18,7 @@ import torch
 
 import common
 from conftest import METHODS, ROOT, SMALL
+from jobs import Job
 from test_train import assert_same_run, log_of
 from test_video import UNREADABLE
 from videos import make_video
@@ -28,91 +26,8 @@ from videos import make_video
 pytestmark = pytest.mark.slow
 
 BOUND = 60  # seconds in which a job that lost a rank or was told to stop must be gone
-TINY = """--frames 4 --stride 4 --size 16 --batch-size 4 --epochs 20 --warmup-epochs 1
+TINY = """--frames 4 --stride 4 --size 16 --batch-size 4 --epochs 20 --warmup 0.05
     --log-every 1""".split()
-
-
-class Job:
-    """A script as a user starts it, with torchrun if it has several ranks; all of its processes
-    are known by a mark in their environment, as torchrun gives each rank a session of its own."""
-
-    def __init__(self, script, argv, out, ranks=1, cwd=None):
-        self.mark, self.ranks, self.out = f"RHO_TEST={uuid.uuid4()}", ranks, Path(out)
-        how = [sys.executable]
-        if ranks > 1:
-            how += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        self.screen = self.out.with_suffix(f".{self.mark[-36:]}.screen")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RHO_TEST": self.mark[9:]}
-        with open(self.screen, "wb") as screen:
-            self.process = subprocess.Popen(
-                [*how, ROOT / f"{script}.py", *argv, "--out", out],
-                stdout=screen,
-                stderr=screen,
-                cwd=cwd,
-                env=environment,
-                start_new_session=True,
-            )
-
-    def alive(self):
-        return self.process.poll() is None
-
-    def pids(self):
-        """Of all its processes that run: {pid: (rank, parent)}."""
-        found = {}
-        for place in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                names = (place / "environ").read_bytes().decode(errors="replace").split("\0")
-                if self.mark in names:
-                    rank = [int(name[5:]) for name in names if name.startswith("RANK=")]
-                    parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
-                    found[int(place.name)] = (rank or [0])[0], parent
-        return found
-
-    def rank_pids(self):
-        """Of its ranks, without torchrun itself and without their workers: {rank: pid}."""
-        if self.ranks == 1:
-            return {0: self.process.pid}
-        return {rank: p for p, (rank, parent) in self.pids().items() if parent == self.process.pid}
-
-    def kill(self):
-        """SIGKILL to every process of it; returns when none is left."""
-        while pids := self.pids():
-            for pid in pids:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            self.process.poll()
-        self.process.wait()
-
-    def wait(self, seconds):
-        """Its exit status; it and all of its processes must be gone in time."""
-        limit = time.monotonic() + seconds
-        status = self.process.wait(seconds)
-        while self.pids():
-            assert time.monotonic() < limit, "a process was left behind"
-            time.sleep(0.05)
-        return status
-
-    def finish(self):
-        assert self.wait(600) == 0, self.text()
-        return self
-
-    def text(self):
-        return self.screen.read_text()
-
-    def step(self):
-        """The last one that it has printed, 0 at first; the log may be an earlier job's."""
-        lines = [line for line in self.text().split("\n")[:-1] if line.startswith('{"step"')]
-        return json.loads(lines[-1])["step"] if lines else 0
-
-    def reached(self, number):
-        """Whether that step is over; 0: it has said something."""
-        return self.step() >= number and self.screen.stat().st_size > 0
-
-    def until(self, reached):
-        """Wait until reached(); returns whether it was before the end."""
-        while self.alive() and not reached():
-            time.sleep(0.002)
-        return self.alive()
 
 
 def undisturbed(script, argv, out, ranks):
@@ -225,7 +140,7 @@ def test_signals_to_real_commands(number, ranks, folder, tmp_path):
     total, *_ = undisturbed("byol", argv, whole, ranks)
     for target in sorted(chance.randint(1, int(0.8 * total)) for _ in range(3)):
         job = Job("byol", argv, out, ranks)
-        assert job.until(lambda job=job, n=target: job.step() >= n), job.text()
+        assert job.until(partial(job.reached, target)), job.text()
         os.kill(job.process.pid, number)
         begun = time.monotonic()
         status = job.wait(BOUND)
@@ -233,7 +148,7 @@ def test_signals_to_real_commands(number, ranks, folder, tmp_path):
         print(f"{time.monotonic() - begun:.1f} s to the end, exit status {status}")
         assert "the same command goes on from there" in job.text()
         assert (status == 0) == (ranks == 1), job.text()  # torchrun's own status is torchrun's
-        saved = torch.load(out / "last.pth", weights_only=True)["number"]
+        saved = torch.load(out / "last.pth", weights_only=True)["step"]
         assert f"stopped after step {saved};" in job.text() and saved >= target
         assert saved == log_of(out)[-1]["step"]
     Job("byol", argv, out, ranks).finish()
@@ -327,7 +242,7 @@ def test_hundreds_of_damaged_videos_train(tmp_path):
         place.mkdir()
         UNREADABLE[name](place / name)
     hopeless = [path for path in root.rglob("*") if path.name in UNREADABLE and path.is_file()]
-    hopeless = [path for path in hopeless if path.suffix.lower() in common._SUFFIXES]
+    hopeless = [path for path in hopeless if path.suffix.lower() in common.SUFFIXES]
     argv = ["--data", str(root), *SMALL, "--batch-size", "8", "--epochs", "4", "--workers", "2"]
     job = Job("byol", [*argv, "--knn-every", "0"], tmp_path / "out")
     rows, slowest, moved = [], 0.0, time.monotonic()
@@ -340,7 +255,7 @@ def test_hundreds_of_damaged_videos_train(tmp_path):
         if job.step() != before:
             slowest, moved = max(slowest, time.monotonic() - moved), time.monotonic()
     job.finish()
-    named = re.findall(r"WARN bad video, another takes its place: (.*?\.\w+): ", job.text())
+    named = re.findall(r"WARN bad video, replaced: (.*?\.\w+): ", job.text())
     assert len(named) == len(set(named)) == log_of(tmp_path / "out")[-1]["bad_videos"]
     assert len(hopeless) > 10 and {str(path) for path in hopeless} <= set(named)
     assert not any("good-" in name for name in named)
@@ -352,19 +267,3 @@ def test_hundreds_of_damaged_videos_train(tmp_path):
         f"2 workers: {first:.0f} MiB, then {last:.0f} MiB"
     )
     assert last - first < 30 and slowest < 30
-
-
-def test_a_second_run_on_the_same_folder(folder, tmp_path):
-    """Refused in one line with exit code 2, whatever it is, while the first goes on and ends as
-    alone."""
-    argv = ["--data", str(folder), *SMALL, *TINY, "--knn-every", "0"]
-    undisturbed("byol", argv, tmp_path / "whole", 1)
-    first = Job("byol", argv, tmp_path / "out")
-    assert first.until(first.step)
-    os.kill(first.process.pid, signal.SIGSTOP)
-    for script in ("byol", "simclr"):
-        second = Job(script, argv, tmp_path / "out")
-        assert second.wait(60) == 2 and "another run writes here" in second.text()
-    os.kill(first.process.pid, signal.SIGCONT)
-    assert first.wait(60) == 0
-    assert_same_files(tmp_path / "whole", tmp_path / "out")
