@@ -985,6 +985,8 @@ def _norms(network):
 
 def read_file(path):
     """What torch.save wrote, on the CPU, without running code in it; ValueError if unreadable."""
+    if str(path).endswith(".pkl"):
+        raise ValueError(f"cannot read {path}: a pickle, as in SlowFast's model zoo, may run code")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no common class for what a damaged file raises

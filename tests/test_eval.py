@@ -725,11 +725,11 @@ def test_wrong_flags(wrong, argv, capfd):
 def test_backbone_opens_in_a_fresh_interpreter(weights, data, tmp_path):
     """The README's six lines, beside a common.py and nothing else of ours: the same features."""
     blocks = (ROOT / "README.md").read_text().split("```python\n")[1:]
-    code = next(block.split("```")[0] for block in blocks if "import torch, common" in block)
+    code = next(block.split("```")[0] for block in blocks if "load_backbone" in block)
     assert len(code.strip().splitlines()) <= 6
     code = re.sub(r'"out/[^"]*"', repr(str(weights)), code)
     code = re.sub(r'"[^"]*\.mp4"', repr(str(next(data.rglob("*.mp4")))), code)
-    code += "print([clip.tolist(), features.tolist()])\n"
+    code += "import json\nprint(json.dumps([clip.tolist(), features.tolist()]))\n"
     (tmp_path / "common.py").write_bytes((ROOT / "common.py").read_bytes())
     run = [sys.executable, "-c", "import torch; torch.set_num_threads(1)\n" + code]
     done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
