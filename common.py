@@ -196,7 +196,7 @@ def versions():
 
 def rank():
     """This process's number among all; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
 
 
 def world_size():
