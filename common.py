@@ -146,8 +146,9 @@ def fail(message, code=2):
 def print_main(message):
     """Print on rank 0, above the progress bar."""
     if rank() == 0:
-        tqdm.write(message)
-        sys.stdout.flush()
+        with contextlib.suppress(BrokenPipeError):  # as in `| head`: the run goes on
+            tqdm.write(message)
+            sys.stdout.flush()
 
 
 # --- distributed
