@@ -1400,17 +1400,23 @@ class Run:
     def resume(self, path):
         """Go on from last.pth if there is one, on all ranks from the same step."""
         if path.exists():
-            saved = read_file(path)
-            self.compare(saved, path)
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.losses = [loss.to(device()) for loss in saved["losses"]]
-            self.step, self.bad_videos = saved["step"], saved["bad_videos"]
-            self.log_bytes = saved["log_bytes"]
+            try:
+                self.restore(read_file(path), path)
+            except (LookupError, TypeError, ValueError, RuntimeError) as error:
+                reason = str(error).split("\n")[0]
+                fail(f"{path} cannot go on in this run: {reason}; choose another --out")
             print_main(f"{path}: going on after step {self.step}")
         steps = gather_objects(self.step)
         if len(set(steps)) > 1:
             fail(f"the ranks found steps {steps} in {path}: is its disk not shared?")
+
+    def restore(self, saved, path):
+        self.compare(saved, path)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.losses = [loss.to(device()) for loss in saved["losses"]]
+        self.step, self.bad_videos = saved["step"], saved["bad_videos"]
+        self.log_bytes = saved["log_bytes"]
 
     def compare(self, saved, path):
         """End the process if a checkpoint is of another run; warn if the code has changed."""
