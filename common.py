@@ -972,9 +972,13 @@ def write_file(path, save):
     if rank() > 0:
         return
     temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
-        save(file)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            save(file)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's
+        Path(temporary).unlink(missing_ok=True)
+        fail(f"cannot write {path}: {error}; the previous file is unchanged", code=1)
 
 
 def load_backbone(path):
