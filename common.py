@@ -129,6 +129,8 @@ def check(cfg):
         if getattr(cfg, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be 1 or more")
     ranks = world_size()
+    if ranks > 1 and "LOCAL_RANK" not in os.environ:
+        fail("WORLD_SIZE is set, but not by torchrun: start with torchrun, or unset it")
     chosen = cfg.small and "batch_size" not in cfg.given  # by fit_to_videos
     if not chosen and (cfg.batch_size % ranks or cfg.batch_size < 2 * ranks):
         words = f"must be a multiple of {ranks} processes, with 2 videos for each"
@@ -171,7 +173,10 @@ def init_distributed(cfg):
     torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo")
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {cfg.out}: {error.strerror}")
     changed = [f"{k} {v}" for k, v in vars(cfg).items() if v != getattr(type(cfg), k, v)]
     print_main(f"{versions()}; {world_size()} x {device().type}")
     print_main(f"not the defaults: {', '.join(changed)}")
