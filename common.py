@@ -128,6 +128,8 @@ def check(cfg):
     for name in ("rho", "frames", "stride", "size", "epochs", "log_every"):
         if getattr(cfg, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be 1 or more")
+    if not 0 < cfg.lr < math.inf or not 0 <= cfg.warmup < 1:
+        fail(f"--lr {cfg.lr} must be above 0, --warmup {cfg.warmup} from 0 to below 1")
     ranks = world_size()
     if ranks > 1 and "LOCAL_RANK" not in os.environ:
         fail("WORLD_SIZE is set, but not by torchrun: start with torchrun, or unset it")
