@@ -1330,7 +1330,7 @@ class Run:
             "feature_std": unit.std(dim=0).mean().item() * unit.shape[1] ** 0.5,
             "videos_per_second": (self.step - self.logged) * self.cfg.batch_size / seconds,
             "data_wait": self.waited / seconds,
-            "clip_distance": (self.starts[:, -1] - self.starts[:, 0]).abs().mean().item(),
+            "clip_distance": clip_distance(self.starts).item(),
             "bad_videos": len(self.bad_videos),
         }
         line |= {name: float(value) for name, value in self.numbers.items()}
@@ -1450,3 +1450,10 @@ class Run:
                 orphan.unlink()
             with open(self.log_path, "ab") as file:
                 file.truncate(min(file.tell(), self.log_bytes))
+
+
+def clip_distance(starts):
+    """Mean seconds between the starts of two clips of a video; starts (B, V) or (B, V, T)."""
+    B, V = starts.shape[:2]
+    starts = starts.reshape(B, V, -1)[:, :, :1]  # (B, V, 1)
+    return torch.cdist(starts, starts).sum() / (B * max(1, V * (V - 1)))
