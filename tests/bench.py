@@ -599,7 +599,7 @@ def loader(quick, folder, videos, stride):
     packages = ("torchcodec", "pytorchvideo")
     versions = {name: version_of(name) for name in packages}
     say("loader", cpu=cpu_name(), load_average=os.getloadavg()[0], **versions)
-    rounds, batches = (1, 2) if quick else (5, 4)
+    rounds, batches = (1, 2) if quick else (3, 3)
     for rho in (1, 2, 4):
         cfg = config(byol, rho=rho, data=videos, stride=stride, workers=0)
         sources = {}
