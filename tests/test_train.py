@@ -259,14 +259,17 @@ def test_two_ranks_count_the_bad_videos_of_both(bad_folder, small, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "out")
 
 
-def test_all_bad_is_an_error(bad_folder, small):
-    """Nothing readable: an error that names a path, in less than 10 s."""
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_all_bad_is_an_error(workers, bad_folder, small, capfd):
+    """Nothing readable: one line that names a path, exit code 2, in less than 10 s."""
     for path in bad_folder.glob("good*"):
         path.write_text("nor is this")
     begun = time.monotonic()
-    with pytest.raises(common.BadVideo, match=str(bad_folder)):
-        run("byol", [*small, "--data", str(bad_folder), "--workers", "1"])
-    assert time.monotonic() - begun < 10
+    with pytest.raises(SystemExit) as stop:
+        run("byol", [*small, "--data", str(bad_folder), "--workers", workers])
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and time.monotonic() - begun < 10
+    assert "error: ten videos in a row cannot be read" in line and str(bad_folder) in line
 
 
 # --- what is refused
@@ -467,7 +470,7 @@ def test_a_loss_that_is_not_finite_between_two_log_lines(small, tmp_path, monkey
 
 
 def test_a_checkpoint_that_is_not_finite(small, tmp_path, capfd):
-    """NaN in it: the run ends in words and leaves the file as it is."""
+    """NaN in it: one line, exit code 2, and the file stays as it is."""
     run("byol", [*small, "--max-steps", "1"])
     path = tmp_path / "out/last.pth"
     content = last_of(tmp_path / "out")
@@ -476,7 +479,7 @@ def test_a_checkpoint_that_is_not_finite(small, tmp_path, capfd):
     damaged = path.read_bytes()
     with pytest.raises(SystemExit) as stop:
         run("byol", small)
-    assert stop.value.code == 1 and "not finite" in capfd.readouterr().err.replace("non-", "not ")
+    assert stop.value.code == 2 and "not finite" in capfd.readouterr().err
     assert path.read_bytes() == damaged
 
 
