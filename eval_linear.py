@@ -234,7 +234,7 @@ def write_neighbours(path, bank, queries, side=160):
             square = common.cut_squares(frames[None], side, 1)[0, :, 0]  # (3, side, side)
             name = ascii(os.path.basename(source.path(index)))[1:27]
             cell = F.pad(square, (0, 0, 0, 14))
-            cells.append(torchvision.utils.draw_bounding_boxes(cell, corner, [name]) / 255)
+            cells.append(torchvision.utils.draw_bounding_boxes(cell, corner, [name], "white") / 255)
     grid = torchvision.utils.make_grid(cells, nrow=len(shown), padding=0)
     save = functools.partial(torchvision.utils.save_image, grid, format="png")
     common.write_file(path, save)
