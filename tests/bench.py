@@ -598,14 +598,19 @@ def loader(quick, folder, videos, stride):
     paths = files * math.ceil(64 / len(files))  # a batch, at least
     packages = ("torchcodec", "pytorchvideo")
     versions = {name: version_of(name) for name in packages}
-    say("loader", cpu=cpu_name(), load_average=os.getloadavg()[0], **versions)
-    rounds, batches = (1, 2) if quick else (3, 3)
+    say(
+        "loader",
+        folder=Path(videos).name,
+        cpu=cpu_name(),
+        load_average=os.getloadavg()[0],
+        **versions,
+    )
+    rounds, batches = (1, 2) if quick else (3, 2)
     for rho in (1, 2, 4):
         cfg = config(byol, rho=rho, data=videos, stride=stride, workers=0)
         sources = {}
         ours = ours_of(cfg, paths)
-        keys = common.TrainSampler(cfg, 10**6, 0, 10**4)
-        sources["ours"] = (ours[e, i % len(paths)]["clips"] for batch in keys for e, i in batch)
+        sources["ours"] = (ours[divmod(i, len(paths))]["clips"] for i in itertools.count())
         try:
             theirs = WithTorchcodec(cfg, paths)
             theirs[0]
