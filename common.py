@@ -24,6 +24,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections import OrderedDict
@@ -124,15 +125,24 @@ def data_name(cfg):
 
 
 def check(cfg):
-    """End the process if settings cannot work."""
+    """End the process if settings cannot work, before anything long starts."""
+    if world_size() > 1 and "LOCAL_RANK" not in os.environ:
+        fail("WORLD_SIZE is set, but not by torchrun: start with torchrun, or unset it")
     for name in ("rho", "frames", "stride", "size", "epochs", "log_every"):
         if getattr(cfg, name) < 1:
             fail(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be 1 or more")
+    if not 0 < cfg.lr < math.inf:
+        fail(f"--lr {cfg.lr}: must be above 0")
+    if not 0 <= cfg.warmup < 1:
+        fail(f"--warmup {cfg.warmup}: a share of the run, from 0 to below 1")
+    if len(cfg.short_side) != 2 or not cfg.size <= cfg.short_side[0] <= cfg.short_side[1]:
+        fail(f"--short-side {cfg.short_side}: two numbers, at least --size {cfg.size}")
     ranks = world_size()
     chosen = cfg.small and "batch_size" not in cfg.given  # by fit_to_videos
     if not chosen and (cfg.batch_size % ranks or cfg.batch_size < 2 * ranks):
         words = f"must be a multiple of {ranks} processes, with 2 videos for each"
         fail(f"--batch-size {cfg.batch_size}: {words}")
+    train_transform(cfg)
 
 
 def fail(message, code=2):
@@ -146,8 +156,9 @@ def fail(message, code=2):
 def print_main(message):
     """Print on rank 0, above the progress bar."""
     if rank() == 0:
-        tqdm.write(message)
-        sys.stdout.flush()
+        with contextlib.suppress(BrokenPipeError):  # as when piped into head: the run goes on
+            tqdm.write(message.encode(errors="backslashreplace").decode())  # any file name
+            sys.stdout.flush()
 
 
 # --- distributed
@@ -155,6 +166,7 @@ def print_main(message):
 
 def init_distributed(cfg):
     """Seed this process, give it its GPU and its share of the cores, join the other ranks."""
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # until training, which saves first
     torch.manual_seed(cfg.seed)
     torch.backends.cudnn.benchmark = True
     affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS
@@ -170,7 +182,11 @@ def init_distributed(cfg):
     torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo")
-    Path(cfg.out).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cfg.out).close()  # fails if the folder cannot be written to
+    except OSError as error:
+        fail(f"--out {cfg.out}: {error.strerror}")
     changed = [f"{k} {v}" for k, v in vars(cfg).items() if v != getattr(type(cfg), k, v)]
     print_main(f"{versions()}; {world_size()} x {device().type}")
     print_main(f"not the defaults: {', '.join(changed)}")
@@ -196,7 +212,7 @@ def versions():
 
 def rank():
     """This process's number among all; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
 
 
 def world_size():
@@ -548,17 +564,18 @@ def list_videos(source, split=None):
         rows = [{"path": path, "label": os.path.dirname(path)} for path in videos]
     elif name.lower().endswith(SUFFIXES):
         rows = [{"path": name}]
-    elif not os.path.exists(source):
-        fail(f"{source}: no such file or folder")
     else:
-        with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
-            lines = [line for line in file if line.strip() and line[0] != "#"]
+        try:
+            with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
+                lines = [line for line in file if line.strip() and line[0] != "#"]
+        except OSError as error:
+            fail(f"--data {source}: {error.strerror}")
         if name.endswith(".csv"):
             rows = list(csv.DictReader(lines, restval=""))
         else:
             columns = ("path", "label")
             rows = [dict(zip(columns, line.split("\t"), strict=False)) for line in lines]
-    if rows and "path" not in rows[0]:
+    if rows and not rows[0].get("path"):
         fail(f"{source}: its first line must name the columns path, label, split")
     if split:
         wanted = ["train"] if split == "train" else ["val", "test"]
@@ -595,9 +612,9 @@ class VideoClips(Dataset):
             fit_to_videos(cfg, len(paths))
 
     def keep(self, paths, labels):
-        """Hold these videos. The paths are one array: a million Python strings would be copied into
-        each worker, page by page, as their reference counts change."""
-        self.paths = np.array(paths)  # (n,)
+        """Hold these videos. The paths are one array of bytes: a million Python strings would be
+        copied into each worker, page by page, as their reference counts change."""
+        self.paths = np.array([os.fsencode(path) for path in paths])  # (n,)
         numbers = {label: number for number, label in enumerate(self.classes)}
         self.labels = np.array([numbers.get(label, -1) for label in labels])  # (n,)
 
@@ -611,7 +628,7 @@ class VideoClips(Dataset):
         return len(self.paths)
 
     def path(self, index):
-        return str(self.paths[index])
+        return os.fsdecode(self.paths[index])
 
     def open(self, index, short_side):
         """A reader of a video: .duration in seconds, .read(times) -> (N, H, W, 3) uint8 RGB whose
@@ -724,6 +741,8 @@ def train_transform(cfg):
     if unknown := set(names) - {"crop", "none", *table}:
         fail(f"--augment: no {min(unknown)} among crop, {', '.join(table)}, none")
     area = getattr(cfg, "crop_area", (0, 0))
+    if len(area) != 2 or not 0 <= area[0] <= area[1] <= 1:
+        fail(f"--crop-area {area}: two fractions of the frame, the smaller one first")
     if "crop" not in names:
         crop = v2.Compose([v2.Resize(cfg.size), v2.CenterCrop(cfg.size)])
     elif any(area):
@@ -875,15 +894,21 @@ class Gate(nn.Module):
         return x * self.conv(x.mean(dim=(2, 3, 4), keepdim=True)).sigmoid()
 
 
-def s3d_g():
-    """S3D-G: torchvision's S3D with a gate on each branch of its inception blocks."""
+def s3d():
+    """torchvision's S3D."""
     network = torchvision.models.video.s3d()
-    for block in network.features:
+    return Backbone(network.classifier[1].in_channels, network.features.named_children())
+
+
+def s3d_g():
+    """S3D-G: S3D with a gate on each branch of its inception blocks."""
+    network = s3d()
+    for block in network:
         for name, branch in list(block.named_children()):
             if name.startswith("branch"):
                 gate = Gate(_norms(branch)[-1].num_features)
                 setattr(block, name, nn.Sequential(branch, gate))
-    return Backbone(network.classifier[1].in_channels, network.features.named_children())
+    return network
 
 
 # a line more, and every --backbone knows it
@@ -891,6 +916,7 @@ BACKBONES = {
     "slow_r50": functools.partial(slow, (3, 4, 6, 3)),
     "slow_r101": functools.partial(slow, (3, 4, 23, 3)),
     "r2plus1d_18": r2plus1d_18,
+    "s3d": s3d,
     "s3d_g": s3d_g,
     "tiny": tiny,
 }
@@ -959,6 +985,8 @@ def _norms(network):
 
 def read_file(path):
     """What torch.save wrote, on the CPU, without running code in it; ValueError if unreadable."""
+    if str(path).endswith(".pkl"):
+        raise ValueError(f"cannot read {path}: a pickle, as in SlowFast's model zoo, may run code")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no common class for what a damaged file raises
@@ -970,10 +998,18 @@ def write_file(path, save):
     """save(file), on rank 0. Whoever reads, after a kill too, finds the old file or the new one."""
     if rank() > 0:
         return
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as file:
-        save(file)
-    os.replace(temporary, path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        fail(f"cannot write {path}: it exists and is not a regular file", code=1)
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's writer
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {error}; the previous file is unchanged", code=1)
 
 
 def load_backbone(path):
@@ -1157,7 +1193,7 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
 FREE = ["out", "max_steps", "log_every", "workers", "low_memory", "knn_every"]
 FREE += ["allow_missing", "test_clips", "test_crops", "test_size", "neighbours"]  # of evaluations
 
-SAVE_EVERY = 500  # steps, where an epoch has more
+SAVE_EVERY = 200  # steps, where an epoch has more
 
 ROW = "{step:8d} {epoch:7.1f} {loss:10.4f} {feature_std:12.3f} {knn:>6} {videos_per_second:9.1f}"
 
@@ -1189,7 +1225,10 @@ class Run:
         self.resume(self.out / "last.pth")
         labelled = np.flatnonzero(dataset.labels >= 0)
         self.knn_clips = TestClips(dataset, 2, indices=labelled[:5000])
-        self.knn_every = getattr(cfg, "knn_every", 0) if len(labelled) > 1 else 0
+        self.knn_every = getattr(cfg, "knn_every", 0)
+        if self.knn_every and len(labelled) < 2:
+            self.knn_every = 0
+            print_main("WARN no labels (class folders, or lists with labels): no kNN accuracy")
         views = f"{cfg.batch_size} videos x {cfg.num_views} views"
         print_main(f"model: {cfg.backbone}; batch: {views}")
         if self.total < 200:
@@ -1229,7 +1268,7 @@ class Run:
         print_main("    step   epoch       loss  feature std    kNN  videos/s")
         self.since, self.logged = time.monotonic(), self.step
         asked = self.since
-        for batch in self.bar:
+        for batch in self.bad_end(self.bar):
             self.waited += time.monotonic() - asked
             for group in self.optimizer.param_groups:
                 group["lr"] = learning_rate(cfg, self.step / self.total)
@@ -1248,6 +1287,12 @@ class Run:
         if cfg.num_views > 1:
             flags = f"--weights {cfg.out} --data {cfg.data}".removesuffix(" --data ")
             print_main(f"evaluate: python eval_linear.py {flags}{' --small' * cfg.small}")
+
+    def bad_end(self, batches):
+        try:
+            yield from batches
+        except BadVideo as error:  # raised anew by the loader, behind a worker's traceback
+            fail(str(error).strip().split("\n")[-1].removeprefix("common.BadVideo: "))
 
     def ask_stop(self, *_):
         self.stop_asked = True
@@ -1318,16 +1363,14 @@ class Run:
             "feature_std": unit.std(dim=0).mean().item() * unit.shape[1] ** 0.5,
             "videos_per_second": (self.step - self.logged) * self.cfg.batch_size / seconds,
             "data_wait": self.waited / seconds,
-            "clip_distance": (self.starts[:, -1] - self.starts[:, 0]).abs().mean().item(),
+            "clip_distance": clip_distance(self.starts),
             "bad_videos": len(self.bad_videos),
         }
         line |= {name: float(value) for name, value in self.numbers.items()}
         if knn:
             line["knn_top1"] = self.measure_knn()
         if rank() == 0:
-            with open(self.log_path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-                self.log_bytes = file.tell()
+            self.append(json.dumps(line) + "\n")
         print_main(ROW.format(knn=line.get("knn_top1", "-"), **line))
         self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         self.lines.append(line)
@@ -1335,6 +1378,14 @@ class Run:
             self.diagnose()
         self.losses, self.waited = [], 0.0
         self.since, self.logged = time.monotonic(), self.step
+
+    def append(self, line):
+        try:
+            with open(self.log_path, "a") as file:
+                file.write(line)
+                self.log_bytes = file.tell()
+        except OSError as error:
+            fail(f"cannot write {self.log_path}: {error.strerror}", code=1)
 
     def diagnose(self):
         """Say once, in words, what looks wrong in the last lines of the log."""
@@ -1386,8 +1437,7 @@ class Run:
             "cfg": settings,
             "log_bytes": self.log_bytes,
         }
-        states = [last["model"], *self.optimizer.state.values()]
-        if not all(tensor.isfinite().all() for state in states for tensor in state.values()):
+        if not all_finite(last["model"], self.optimizer.state):
             self.diverge(f"weights are not finite after step {self.step}")
         more = {"step": self.step, "finished": self.finished, "feature_dim": network.feature_dim}
         state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
@@ -1399,17 +1449,28 @@ class Run:
     def resume(self, path):
         """Go on from last.pth if there is one, on all ranks from the same step."""
         if path.exists():
-            saved = read_file(path)
-            self.compare(saved, path)
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.losses = [loss.to(device()) for loss in saved["losses"]]
-            self.step, self.bad_videos = saved["step"], saved["bad_videos"]
-            self.log_bytes = saved["log_bytes"]
+            try:
+                self.restore(path)
+            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+                reason = str(error).strip().split("\n")[-1].strip()
+                fail(f"{path} cannot go on in this run ({reason}); choose another --out")
             print_main(f"{path}: going on after step {self.step}")
         steps = gather_objects(self.step)
         if len(set(steps)) > 1:
             fail(f"the ranks found steps {steps} in {path}: is its disk not shared?")
+
+    def restore(self, path):
+        saved = read_file(path)
+        self.compare(saved, path)
+        if not all_finite(saved["model"], saved["optimizer"]["state"]):
+            raise ValueError("some of its weights are not finite")
+        if not 0 <= saved["step"] <= self.total or saved["log_bytes"] < 0:
+            raise ValueError(f"step {saved['step']}, log of {saved['log_bytes']} bytes")
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.losses = [loss.to(device()) for loss in saved["losses"]]
+        self.step, self.bad_videos = saved["step"], saved["bad_videos"]
+        self.log_bytes = saved["log_bytes"]
 
     def compare(self, saved, path):
         """End the process if a checkpoint is of another run; warn if the code has changed."""
@@ -1432,3 +1493,18 @@ class Run:
                 orphan.unlink()
             with open(self.log_path, "ab") as file:
                 file.truncate(min(file.tell(), self.log_bytes))
+
+
+def all_finite(model, optimizer):
+    """Whether all tensors of a model's state dict and of an optimizer's states are."""
+    states = [model, *optimizer.values()]
+    return all(
+        torch.as_tensor(value).isfinite().all() for state in states for value in state.values()
+    )
+
+
+def clip_distance(starts):
+    """Mean seconds between the starts of two clips of a video; starts (B, V) or (B, V, T)."""
+    starts = starts.reshape(*starts.shape[:2], -1)[:, :, :1]  # (B, V, 1)
+    B, V, _ = starts.shape
+    return torch.cdist(starts, starts, p=1).sum().item() / B / max(1, V * (V - 1))

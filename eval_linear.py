@@ -12,6 +12,7 @@ Recipe   python eval_linear.py --weights out/byol-demo-rho2
 
 import contextlib
 import copy
+import functools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+import torchvision
 from torch import nn
 
 import common
@@ -221,20 +222,22 @@ def write_neighbours(path, bank, queries, side=160):
     queries: (videos, features (n, views, D), indices (n,)) of training, of testing."""
     videos, features, indices = bank
     tests, test_features, test_indices = queries
-    picture = Image.new("RGB", (6 * side, 6 * (side + 14)))
-    for row, query in enumerate(np.linspace(0, len(test_indices) - 1, 6, dtype=int)):
+    corner = torch.tensor([[0, side, 1, side + 1]])  # below a picture, where its name begins
+    cells = []
+    for query in np.linspace(0, len(test_indices) - 1, 6, dtype=int):
         cosine = F.cosine_similarity(test_features[query].mean(0), features.mean(1))  # (n,)
         nearest = indices[cosine.topk(min(5, len(indices))).indices]
         shown = [(tests, test_indices[query]), *((videos, index) for index in nearest)]
-        for column, (source, index) in enumerate(shown):
+        for source, index in shown:
             with contextlib.closing(source.open(index, side)) as reader:
                 frames = torch.from_numpy(reader.read([reader.duration / 2]))  # (1, H, W, 3)
-            square = common.cut_squares(frames[None], side, 1)[0, :, 0].permute(1, 2, 0)
-            x, y = column * side, row * (side + 14)
-            picture.paste(Image.fromarray(square.numpy()), (x, y))
-            name = os.path.basename(source.path(index))
-            ImageDraw.Draw(picture).text((x + 2, y + side), ascii(name)[1:27], font_size=11)
-    common.write_file(path, lambda file: picture.save(file, "PNG"))
+            square = common.cut_squares(frames[None], side, 1)[0, :, 0]  # (3, side, side)
+            name = ascii(os.path.basename(source.path(index)))[1:27]
+            cell = F.pad(square, (0, 0, 0, 14))
+            cells.append(torchvision.utils.draw_bounding_boxes(cell, corner, [name], "white") / 255)
+    grid = torchvision.utils.make_grid(cells, nrow=len(shown), padding=0)
+    save = functools.partial(torchvision.utils.save_image, grid, format="png")
+    common.write_file(path, save)
     common.print_main(f"{path}: test videos and their nearest training videos")
 
 

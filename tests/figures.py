@@ -9,6 +9,7 @@ curves      loss (as a share of chance) and kNN accuracy of the four and of a co
 neighbours  six test videos of the demo and their five nearest training videos, at rho 1 and rho 2.
 """
 
+import functools
 import importlib
 import math
 import statistics
@@ -19,6 +20,7 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
@@ -96,17 +98,20 @@ def save(figure, name):
 
 
 def neighbours(*folders):
-    """One picture below the other: for each run's folder six queries and their five nearest."""
+    """Side by side for each run's folder: a test video, then its five nearest training videos."""
     import eval_linear
 
+    draw = eval_linear.write_neighbours
+    eval_linear.write_neighbours = functools.partial(draw, side=64)  # the size of the demo's videos
     pictures = []
     for folder in folders:
         path = RESULTS / "part.png"
         argv = ["--weights", folder, "--cached", "--neighbours", str(path)]
         eval_linear.main([*argv, "--out", f"{folder}-neighbours"])
-        pictures.append(torchvision.io.decode_image(path.read_bytes()))
+        pictures.append(plt.imread(path)[..., :3])  # (H, W, 3)
         path.unlink()
-    torchvision.utils.save_image(torch.cat(pictures, 1) / 255, RESULTS / "neighbours.png")
+        pictures.append(np.ones((len(pictures[0]), 24, 3)))  # a gap
+    plt.imsave(RESULTS / "neighbours.png", np.concatenate(pictures[:-1], axis=1))
 
 
 def views(path, script, *argv):

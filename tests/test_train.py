@@ -163,13 +163,13 @@ def test_max_steps_then_more_is_one_run(small, tmp_path):
 
 
 def slow_saves(argv):
-    fsync = os.fsync
+    replace = os.replace
 
-    def slow(file):
+    def slow(*paths):
         time.sleep(0.03)
-        fsync(file)
+        replace(*paths)
 
-    os.fsync = slow
+    os.replace = slow
     run("byol", argv)
 
 
@@ -259,17 +259,17 @@ def test_two_ranks_count_the_bad_videos_of_both(bad_folder, small, tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "out")
 
 
-def test_all_bad_is_an_error(bad_folder, small, capfd):
-    """Nothing readable: one line with a path, exit code 2, in less than 10 s."""
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_all_bad_is_an_error(workers, bad_folder, small, capfd):
+    """Nothing readable: one line that names a path, exit code 2, in less than 10 s."""
     for path in bad_folder.glob("good*"):
         path.write_text("nor is this")
     begun = time.monotonic()
     with pytest.raises(SystemExit) as stop:
-        run("byol", [*small, "--data", str(bad_folder), "--workers", "1"])
-    errors = capfd.readouterr().err.strip().splitlines()
+        run("byol", [*small, "--data", str(bad_folder), "--workers", workers])
+    (line,) = capfd.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and time.monotonic() - begun < 10
-    assert "error: " in errors[-1] and str(bad_folder) in errors[-1]
-    assert not any("Traceback" in line for line in errors)
+    assert "error: ten videos in a row cannot be read" in line and str(bad_folder) in line
 
 
 # --- what is refused
@@ -293,10 +293,6 @@ def test_all_bad_is_an_error(bad_folder, small, capfd):
         "--projector a",
         "--unknown 3",
         "--bat 4",
-        "--crop-area 0.5",
-        "--crop-area 0.5 2",
-        "--short-side 20 18",
-        "--short-side 8 18",
         "--out /dev/null/out",
     ],
 )
@@ -373,9 +369,9 @@ def test_damaged_checkpoint_is_left_alone(kind, small, tmp_path, capfd):
     assert (tmp_path / "out/log.jsonl").read_bytes() == log
 
 
-@pytest.mark.parametrize("kind", ["keys", "model", "nan", "moment", "shape", "list", "step"])
+@pytest.mark.parametrize("kind", ["keys", "model", "shape", "list"])
 def test_checkpoint_of_something_else_is_refused(kind, small, tmp_path, capfd):
-    """Missing entries, another network, NaN, another shape: one line, nothing overwritten."""
+    """Missing entries, another network, another shape: one line, nothing overwritten."""
     run("byol", [*small, "--max-steps", "1"])
     path = tmp_path / "out/last.pth"
     content = last_of(tmp_path / "out")
@@ -384,14 +380,8 @@ def test_checkpoint_of_something_else_is_refused(kind, small, tmp_path, capfd):
         del content["optimizer"]
     elif kind == "model":
         del content["model"][name]
-    elif kind == "nan":
-        content["model"][name][0] = math.nan
-    elif kind == "moment":
-        content["optimizer"]["state"][0]["exp_avg"][0] = math.inf
     elif kind == "shape":
         content["model"][name] = content["model"][name][:1].clone()
-    elif kind == "step":
-        content["step"] = 5
     torch.save([1, 2] if kind == "list" else content, path)
     damaged, log = path.read_bytes(), (tmp_path / "out/log.jsonl").read_bytes()
     assert "last.pth" in refused(small, capfd)
@@ -404,14 +394,6 @@ class Hostile:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
-
-
-def test_ctrl_c_before_training_is_no_traceback(small, monkeypatch, capfd):
-    """Ctrl-C while the data are found: exit code 130 and no traceback."""
-    monkeypatch.setattr(common, "list_videos", lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(SystemExit) as stop, contextlib.suppress(TypeError):
-        run("byol", small)
-    assert stop.value.code == 130
 
 
 # --- numbers that are not finite
@@ -485,6 +467,20 @@ def test_a_loss_that_is_not_finite_between_two_log_lines(small, tmp_path, monkey
         run("byol", [*small, "--batch-size", "2", "--log-every", "5"])
     assert stop.value.code == 1 and "step 3" in capfd.readouterr().err
     assert not (tmp_path / "out/last.pth").exists()
+
+
+def test_a_checkpoint_that_is_not_finite(small, tmp_path, capfd):
+    """NaN in it: one line, exit code 2, and the file stays as it is."""
+    run("byol", [*small, "--max-steps", "1"])
+    path = tmp_path / "out/last.pth"
+    content = last_of(tmp_path / "out")
+    content["model"]["encoder.projector.0.weight"][0] = math.nan
+    torch.save(content, path)
+    damaged = path.read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        run("byol", small)
+    assert stop.value.code == 2 and "not finite" in capfd.readouterr().err
+    assert path.read_bytes() == damaged
 
 
 def test_weights_that_overflow_are_not_saved(small, tmp_path, monkeypatch, capfd):
