@@ -174,11 +174,15 @@ def init_distributed(cfg):
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device().type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if not torch.cuda.is_bf16_supported(including_emulation=False):
+            print_main("WARN this GPU lacks bfloat16: float32 is slower and takes twice the memory")
     else:
         cores //= 2  # half for the network, half for the workers
     if cfg.workers < 0:
         most = 16 if multiprocessing.get_start_method() == "fork" else 4  # each imports torch
         cfg.workers = max(1, min(most, cores))
+    if cfg.workers == 0:
+        cores = 1  # on a busy machine, threads that wait for each other slow augmentation down
     torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo")
@@ -755,12 +759,13 @@ def train_transform(cfg):
 
 def _noise(clip):
     """Gaussian, standard deviation 0.1, the same in all frames; drawn on the CPU."""
-    return (clip + 0.1 * torch.randn(clip.shape[1:]).to(clip.device)).clamp(0, 1)
+    return (clip + 0.1 * torch.randn(clip.shape[1:]).to(clip.device, non_blocking=True)).clamp(0, 1)
 
 
 def _sobel(clip):
     """(T, 3, H, W) -> the length of the gray picture's gradient, in all three channels."""
-    x = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]], device=clip.device) / 4
+    x = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]]) / 4
+    x = x.to(clip.device, non_blocking=True)
     gray = F.pad(v2.functional.rgb_to_grayscale(clip), (1, 1, 1, 1), mode="replicate")
     gradient = F.conv2d(gray, torch.stack([x, x.T])[:, None])  # (T, 2, H, W)
     return gradient.norm(dim=1, keepdim=True).clamp(max=1).expand_as(clip)

@@ -227,7 +227,7 @@ def draw_outside(monkeypatch):
 
 @pytest.mark.parametrize("name", "flip jitter gray blur tint rotate cutout noise sobel".split())
 def test_augmentation_on_a_gpu(name, monkeypatch):
-    """Every operator takes clips on the GPU; the usual ones do not wait for it."""
+    """Every operator takes clips on the GPU; all but one do not wait for it."""
     draw_outside(monkeypatch)
     _, color = common.train_transform(arguments(byol, augment=name))
     seeds = np.arange(6).reshape(2, 3)
@@ -238,7 +238,7 @@ def test_augmentation_on_a_gpu(name, monkeypatch):
             clips = common.augment(clips, seeds, color)
     assert clips.shape == (2, 3, 3, 8, 32, 32)
     assert clips.dtype == torch.float32 and clips.device.type == "cuda"
-    if name not in ("cutout", "noise", "sobel"):  # these bring a constant or noise from the CPU
+    if name != "cutout":  # torchvision brings its color from the CPU
         assert transfers.waits == []
 
 
@@ -327,3 +327,19 @@ def test_the_default_number_of_workers(cores, kind, ranks, workers, threads, tmp
     """From the cores that this process may use, as taskset leaves them, shared by the ranks."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     assert run_ranks(1, workers_of, cores, kind, ranks) == [(workers, [threads])]
+
+
+def test_no_workers_means_one_thread(tmp_path, monkeypatch):
+    """Augmentation in the main process: two threads on a busy machine made it 5 times slower."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert run_ranks(1, workers_of, 16, "cpu", 1, 0) == [(0, [1])]
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_warning_without_bfloat16(bf16, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(common, "device", lambda: CUDA)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
+    cfg = arguments(byol, out=str(tmp_path))
+    common.init_distributed(cfg)
+    assert ("WARN this GPU lacks bfloat16" in capfd.readouterr().out) == (not bf16)
