@@ -33,7 +33,7 @@ from common import arg
 @dataclass
 class Config(common.Config):
     rho: int = arg(2, "clips per video, sampled at different times")
-    timespan: float = arg(math.inf, "all clips of a video start within so many seconds")
+    timespan: float = arg(math.inf, "all clips of a video start within this many seconds")
     backbone: str = arg("slow_r50", "the network", choices=common.BACKBONES)
     frames: int = arg(8, "frames per clip")
     stride: int = arg(8, "temporal stride, in frames at 30 fps")
@@ -45,8 +45,8 @@ class Config(common.Config):
     epochs: int = arg(200, "passes over the videos")
     batch_size: int = arg(64, "global batch size, in videos")
     optimizer: str = arg("lars", "the optimizer", choices=common.OPTIMIZERS)
-    lr: float = arg(0.6, "peak learning rate per 128 views, scaled with the views of a step")
-    warmup: float = arg(0.175, "linear warm-up, as a share of the run")
+    lr: float = arg(0.6, "learning rate per 128 views of a step, where the half cosine starts")
+    warmup: float = arg(0.175, "linear warm-up onto the half cosine, as a share of the run")
     weight_decay: float = arg(1e-6, "weight decay, on all weights but BN's")
     knn_every: int = arg(0, "run the kNN evaluation every N epochs (0: never)")
     sync_bn: bool = arg(True, "on GPUs: BN over all ranks")
@@ -57,7 +57,7 @@ class Config(common.Config):
     target_momentum_end: float = arg(1.0, "final EMA momentum; equal to the initial: constant")
 
 
-# what learns in 400 steps on a CPU; --small takes it for your own videos
+# defaults without --data and with --small: they learn in 400 steps on a CPU
 DEMO = common.DEMO | dict(lr=2.4e-3, projector=(1024, 64), projector_bn=True)
 DEMO |= dict(predictor=(1024, 64), target_momentum=0.9)
 
@@ -66,7 +66,7 @@ DEMO |= dict(predictor=(1024, 64), target_momentum=0.9)
 
 
 def sample_clips(duration, clip_seconds, rho, timespan, rng):
-    """Start times (seconds) of rho clips: i.i.d. uniform, within `timespan` of each other."""
+    """Starts (rho,) of the clips in seconds: i.i.d. uniform, within `timespan` of each other."""
     first, last = 0.0, max(0.0, duration - clip_seconds)
     if timespan < last:
         first = rng.uniform(0.0, last - timespan)
@@ -110,7 +110,7 @@ def target_momentum(start, end, progress):
 
 @torch.no_grad()
 def update_target(target, encoder, momentum):
-    """target <- momentum * target + (1 - momentum) * encoder. BN statistics are not averaged."""
+    """target <- momentum * target + (1 - momentum) * encoder; its BN statistics are its own."""
     for slow, fast in zip(target.parameters(), encoder.parameters(), strict=True):
         slow.lerp_(fast, 1 - momentum)
 
@@ -127,12 +127,12 @@ def main(argv=None):
     optimizer = common.make_optimizer(model, cfg)
     chance = 2.0  # orthogonal features: cos = 0
     run = common.Run(cfg, dataset, model, optimizer, chance)
-    for batch in run.batches():
+    for batch in run.batches():  # sets the lr; logs, saves, goes on after a stop
         with common.autocast():
             q, k = network(batch["clips"])  # (B, V, D) each, float32
         loss = regression_loss(q, k)
         optimizer.zero_grad()
-        (cfg.num_views * loss).backward()  # summed over query clips, as the released code does
+        (cfg.num_views * loss).backward()  # sum over a video's queries, as released
         optimizer.step()
         m = target_momentum(cfg.target_momentum, cfg.target_momentum_end, run.progress)
         update_target(model.target, model.encoder, m)

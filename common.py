@@ -48,7 +48,8 @@ from tqdm import tqdm
 
 def arg(default, help, choices=None):
     """A field of a Config, which is a flag of the default's type; a tuple takes several values."""
-    options = {"help": f"{help} [{default}]"}
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    options = {"help": f"{help} [{shown}]".removesuffix(" []")}
     if isinstance(default, bool):
         options["action"] = argparse.BooleanOptionalAction
     elif isinstance(default, tuple):
@@ -66,10 +67,12 @@ class Config:
     out: str = arg("", "output folder; else out/<script>-<data>-...")
     small: bool = arg(False, "the demo's small network and settings on your own --data")
     seed: int = arg(0, "seed of weights, video order, clips and augmentation")
-    max_steps: int = arg(0, "stop after this step of the unchanged schedule (0: never)")
+    max_steps: int = arg(0, "stop early after this step; the schedule stays that of the full run")
     log_every: int = arg(10, "steps per line of the log")
     workers: int = arg(-1, "decoding processes per rank (-1: chosen from the CPU cores)")
-    low_memory: bool = arg(False, "recompute activations in backward: memory of one clip")
+    low_memory: bool = arg(
+        False, "slower: keep the activations of one view only, recompute the others"
+    )
 
     @property
     def num_views(self):
@@ -88,6 +91,12 @@ DEMO |= dict(augment="crop,flip,gray", epochs=40, batch_size=40, knn_every=10)
 DEMO |= dict(optimizer="adamw", warmup=0.075, weight_decay=1e-4)
 
 
+EXAMPLES = """examples:
+  python %(prog)s                             the demo, with its own defaults (DEMO in the file)
+  python %(prog)s --data my/videos --small    the same settings on your own videos
+"""
+
+
 def parse_args(config, demo, argv=None):
     """Read the flags of a Config class. demo: {field: value} that replaces the defaults with
     --small or without --data; flags that are given, whose names are in cfg.given, always win."""
@@ -95,7 +104,7 @@ def parse_args(config, demo, argv=None):
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--flag value ...]",
         description=module.__doc__,
-        epilog="python %(prog)s\npython %(prog)s --data my/videos --small",
+        epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

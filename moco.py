@@ -5,8 +5,8 @@ Paper    He et al., 2020 (arXiv 1911.05722); rho clips: Feichtenhofer et al., 20
 Idea     Match a query clip to another clip of the same video among many negatives. The negatives
          are keys from earlier steps, kept in a queue. A slow copy of the encoder (the target)
          computes the keys, so that old and new keys stay comparable. The batch can be small.
-Loss     -log(e^s_ij / (e^s_ij + sum over the queue of e^s_in)), the mean over videos and ordered
-         pairs of views i != j; s = cos(q_i, k_j) / temperature; k by the target.
+Loss     -log(e^s_ij / (e^s_ij + sum over keys n of the queue of e^s_in)), the mean over videos and
+         ordered pairs of views i != j; s_ij = cos(q_i, k_j) / temperature; k by the target.
 rho      rho clips of a video are decoded; each goes through both networks; rho (rho - 1) ordered
          positive pairs; rho keys per video enter the queue. rho = 1: one clip is augmented twice.
 Recipe   torchrun --nproc_per_node=8 moco.py --data kinetics/train
@@ -31,7 +31,7 @@ from common import arg
 @dataclass
 class Config(common.Config):
     rho: int = arg(2, "clips per video, sampled at different times")
-    timespan: float = arg(math.inf, "all clips of a video start within so many seconds")
+    timespan: float = arg(math.inf, "all clips of a video start within this many seconds")
     backbone: str = arg("slow_r50", "the network", choices=common.BACKBONES)
     frames: int = arg(8, "frames per clip")
     stride: int = arg(8, "temporal stride, in frames at 30 fps")
@@ -43,8 +43,8 @@ class Config(common.Config):
     epochs: int = arg(200, "passes over the videos")
     batch_size: int = arg(64, "global batch size, in videos")
     optimizer: str = arg("sgd", "the optimizer", choices=common.OPTIMIZERS)
-    lr: float = arg(0.05, "peak learning rate per 128 views, scaled with the views of a step")
-    warmup: float = arg(0.175, "linear warm-up, as a share of the run")
+    lr: float = arg(0.05, "learning rate per 128 views of a step, where the half cosine starts")
+    warmup: float = arg(0.175, "linear warm-up onto the half cosine, as a share of the run")
     weight_decay: float = arg(1e-4, "weight decay, on all weights but BN's")
     knn_every: int = arg(0, "run the kNN evaluation every N epochs (0: never)")
     sync_bn: bool = arg(False, "on GPUs: BN over all ranks")
@@ -56,7 +56,7 @@ class Config(common.Config):
     queue: int = arg(65536, "queue length, in keys")
 
 
-# what learns in 400 steps on a CPU; --small takes it for your own videos
+# defaults without --data and with --small: they learn in 400 steps on a CPU
 DEMO = common.DEMO | dict(lr=4.8e-3, projector=(256, 64), projector_bn=True)
 DEMO |= dict(temperature=0.2, target_momentum=0.95, queue=240)
 
@@ -65,7 +65,7 @@ DEMO |= dict(temperature=0.2, target_momentum=0.95, queue=240)
 
 
 def sample_clips(duration, clip_seconds, rho, timespan, rng):
-    """Start times (seconds) of rho clips: i.i.d. uniform, within `timespan` of each other."""
+    """Starts (rho,) of the clips in seconds: i.i.d. uniform, within `timespan` of each other."""
     first, last = 0.0, max(0.0, duration - clip_seconds)
     if timespan < last:
         first = rng.uniform(0.0, last - timespan)
@@ -94,7 +94,7 @@ class MoCo(nn.Module):
         self.encoder = nn.Sequential(OrderedDict(backbone=backbone, projector=projector))
         self.target = copy.deepcopy(self.encoder).requires_grad_(False)
         self.register_buffer("queue", torch.zeros(cfg.queue, cfg.projector[-1]))
-        self.enqueued = 0  # keys so far; a Python int, to avoid a GPU sync
+        self.enqueued = 0  # keys so far, of all ranks; a Python int, to avoid a GPU sync
         self.low_memory = cfg.low_memory
 
     def forward(self, clips):
@@ -114,7 +114,7 @@ class MoCo(nn.Module):
 def encode_shuffled(network, clips, seed):
     """Shuffling BN (MoCo, section 3.3): (B, V, ...) -> (B, V, D), by way of other ranks. Query and
     key are normalised in different batches; else BN statistics could give away the positive."""
-    if common.world_size() == 1:
+    if common.world_size() == 1:  # nobody to shuffle with
         return common.encode_views(network, clips)
     half = torch.is_autocast_enabled("cuda")  # then bfloat16 is what the network takes
     clips = common.gather(clips.bfloat16() if half else clips)  # (W * B, V, ...)
@@ -131,14 +131,14 @@ def target_momentum(start, end, progress):
 
 @torch.no_grad()
 def update_target(target, encoder, momentum):
-    """target <- momentum * target + (1 - momentum) * encoder. BN statistics are not averaged."""
+    """target <- momentum * target + (1 - momentum) * encoder; its BN statistics are its own."""
     for slow, fast in zip(target.parameters(), encoder.parameters(), strict=True):
         slow.lerp_(fast, 1 - momentum)
 
 
 @torch.no_grad()
 def enqueue(model, keys):
-    """Replace the oldest keys of the queue by keys (W * B, V, D) of all ranks, video by video."""
+    """Replace the oldest keys by unit keys (W * B, V, D): rank by rank, video by video."""
     keys = keys.flatten(0, 1)
     K = len(model.queue)
     places = (model.enqueued + torch.arange(len(keys), device=keys.device)) % K
@@ -158,17 +158,17 @@ def main(argv=None):
     model = MoCo(cfg).to(common.device())
     network = common.wrap_ddp(model, cfg)
     optimizer = common.make_optimizer(model, cfg)
-    chance = math.log(cfg.queue + 1)  # all keys alike, the queue full
+    chance = math.log(cfg.queue + 1)  # all keys alike, the queue full; less before, 0 at first
     run = common.Run(cfg, dataset, model, optimizer, chance)
     if cfg.queue > cfg.num_views * len(dataset):
         common.print_main("WARN one epoch does not fill the queue; use a smaller --queue")
-    for batch in run.batches():
+    for batch in run.batches():  # sets the lr; logs, saves, goes on after a stop
         with common.autocast():
             q, k = network(batch["clips"])  # (B, V, D) each, float32
         filled = min(model.enqueued, cfg.queue)
         loss = info_nce(q, k, model.queue[:filled], cfg.temperature)
         optimizer.zero_grad()
-        (cfg.num_views * loss).backward()  # summed over query clips, as the released code does
+        (cfg.num_views * loss).backward()  # sum over a video's queries, as released
         optimizer.step()
         m = target_momentum(cfg.target_momentum, cfg.target_momentum_end, run.progress)
         update_target(model.target, model.encoder, m)

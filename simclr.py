@@ -30,7 +30,7 @@ from common import arg
 @dataclass
 class Config(common.Config):
     rho: int = arg(2, "clips per video, sampled at different times")
-    timespan: float = arg(math.inf, "all clips of a video start within so many seconds")
+    timespan: float = arg(math.inf, "all clips of a video start within this many seconds")
     backbone: str = arg("slow_r50", "the network", choices=common.BACKBONES)
     frames: int = arg(8, "frames per clip")
     stride: int = arg(8, "temporal stride, in frames at 30 fps")
@@ -42,8 +42,8 @@ class Config(common.Config):
     epochs: int = arg(200, "passes over the videos")
     batch_size: int = arg(64, "global batch size, in videos")
     optimizer: str = arg("lars", "the optimizer", choices=common.OPTIMIZERS)
-    lr: float = arg(0.6, "peak learning rate per 128 views, scaled with the views of a step")
-    warmup: float = arg(0.175, "linear warm-up, as a share of the run")
+    lr: float = arg(0.6, "learning rate per 128 views of a step, where the half cosine starts")
+    warmup: float = arg(0.175, "linear warm-up onto the half cosine, as a share of the run")
     weight_decay: float = arg(1e-6, "weight decay, on all weights but BN's")
     knn_every: int = arg(0, "run the kNN evaluation every N epochs (0: never)")
     sync_bn: bool = arg(True, "on GPUs: BN over all ranks")
@@ -52,7 +52,7 @@ class Config(common.Config):
     temperature: float = arg(0.1, "softmax temperature")
 
 
-# what learns in 400 steps on a CPU; --small takes it for your own videos
+# defaults without --data and with --small: they learn in 400 steps on a CPU
 DEMO = common.DEMO | dict(lr=4.8e-3, projector=(256, 64), projector_bn=True)
 DEMO |= dict(temperature=0.2)
 
@@ -61,7 +61,7 @@ DEMO |= dict(temperature=0.2)
 
 
 def sample_clips(duration, clip_seconds, rho, timespan, rng):
-    """Start times (seconds) of rho clips: i.i.d. uniform, within `timespan` of each other."""
+    """Starts (rho,) of the clips in seconds: i.i.d. uniform, within `timespan` of each other."""
     first, last = 0.0, max(0.0, duration - clip_seconds)
     if timespan < last:
         first = rng.uniform(0.0, last - timespan)
@@ -109,7 +109,7 @@ def main(argv=None):
     optimizer = common.make_optimizer(model, cfg)
     chance = math.log(1 + cfg.num_views * (cfg.batch_size - 1))  # all views alike
     run = common.Run(cfg, dataset, model, optimizer, chance)
-    for batch in run.batches():
+    for batch in run.batches():  # sets the lr; logs, saves, goes on after a stop
         with common.autocast():
             z = network(batch["clips"])  # (B, V, D), float32
         z = common.gather(z)  # (W * B, V, D): the negatives are those of all ranks

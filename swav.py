@@ -31,7 +31,7 @@ from common import arg
 @dataclass
 class Config(common.Config):
     rho: int = arg(2, "clips per video, sampled at different times")
-    timespan: float = arg(math.inf, "all clips of a video start within so many seconds")
+    timespan: float = arg(math.inf, "all clips of a video start within this many seconds")
     backbone: str = arg("slow_r50", "the network", choices=common.BACKBONES)
     frames: int = arg(8, "frames per clip")
     stride: int = arg(8, "temporal stride, in frames at 30 fps")
@@ -43,8 +43,8 @@ class Config(common.Config):
     epochs: int = arg(200, "passes over the videos")
     batch_size: int = arg(64, "global batch size, in videos")
     optimizer: str = arg("lars", "the optimizer", choices=common.OPTIMIZERS)
-    lr: float = arg(0.6, "peak learning rate per 128 views, scaled with the views of a step")
-    warmup: float = arg(0.175, "linear warm-up, as a share of the run")
+    lr: float = arg(0.6, "learning rate per 128 views of a step, where the half cosine starts")
+    warmup: float = arg(0.175, "linear warm-up onto the half cosine, as a share of the run")
     weight_decay: float = arg(1e-6, "weight decay, on all weights but BN's")
     knn_every: int = arg(0, "run the kNN evaluation every N epochs (0: never)")
     sync_bn: bool = arg(True, "on GPUs: BN over all ranks")
@@ -59,7 +59,7 @@ class Config(common.Config):
     queue_from: float = arg(15.0, "use the feature queue from this epoch on, once it is full")
 
 
-# what learns in 400 steps on a CPU; --small takes it for your own videos
+# defaults without --data and with --small: they learn in 400 steps on a CPU
 DEMO = common.DEMO | dict(lr=4.8e-3, projector=(256, 64), projector_bn=True)
 DEMO |= dict(prototypes=300)
 
@@ -68,7 +68,7 @@ DEMO |= dict(prototypes=300)
 
 
 def sample_clips(duration, clip_seconds, rho, timespan, rng):
-    """Start times (seconds) of rho clips: i.i.d. uniform, within `timespan` of each other."""
+    """Starts (rho,) of the clips in seconds: i.i.d. uniform, within `timespan` of each other."""
     first, last = 0.0, max(0.0, duration - clip_seconds)
     if timespan < last:
         first = rng.uniform(0.0, last - timespan)
@@ -173,7 +173,7 @@ def main(argv=None):
     if cfg.prototypes > cfg.batch_size and cfg.freeze_prototypes < cfg.epochs:
         words = f"{cfg.prototypes} prototypes learn from {cfg.batch_size} videos a step"
         common.print_main(f"WARN {words}: fewer --prototypes or a larger --batch-size may help")
-    for batch in run.batches():
+    for batch in run.batches():  # sets the lr; logs, saves, goes on after a stop
         with common.autocast():
             z, scores = network(batch["clips"])  # (B, V, D), (B, V, K), float32
         queue_scores = None
