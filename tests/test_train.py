@@ -293,6 +293,9 @@ def test_all_bad_is_an_error(workers, bad_folder, small, capfd):
         "--projector a",
         "--unknown 3",
         "--bat 4",
+        "--crop-area 0.5",
+        "--short-side 20 18",
+        "--short-side 8 18",
         "--out /dev/null/out",
     ],
 )
@@ -369,9 +372,9 @@ def test_damaged_checkpoint_is_left_alone(kind, small, tmp_path, capfd):
     assert (tmp_path / "out/log.jsonl").read_bytes() == log
 
 
-@pytest.mark.parametrize("kind", ["keys", "model", "shape", "list"])
+@pytest.mark.parametrize("kind", ["keys", "model", "nan", "moment", "shape", "list", "step"])
 def test_checkpoint_of_something_else_is_refused(kind, small, tmp_path, capfd):
-    """Missing entries, another network, another shape: one line, nothing overwritten."""
+    """Missing entries, another network, NaN, another shape: one line, nothing overwritten."""
     run("byol", [*small, "--max-steps", "1"])
     path = tmp_path / "out/last.pth"
     content = last_of(tmp_path / "out")
@@ -380,6 +383,12 @@ def test_checkpoint_of_something_else_is_refused(kind, small, tmp_path, capfd):
         del content["optimizer"]
     elif kind == "model":
         del content["model"][name]
+    elif kind == "nan":
+        content["model"][name][0] = math.nan
+    elif kind == "moment":
+        content["optimizer"]["state"][0]["exp_avg"][0] = math.inf
+    elif kind == "step":
+        content["step"] = 5
     elif kind == "shape":
         content["model"][name] = content["model"][name][:1].clone()
     torch.save([1, 2] if kind == "list" else content, path)
@@ -394,6 +403,14 @@ class Hostile:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+def test_ctrl_c_before_training_is_no_traceback(small, monkeypatch, capfd):
+    """Ctrl-C while the data are found: exit code 130 and no traceback."""
+    monkeypatch.setattr(common, "list_videos", lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as stop, contextlib.suppress(TypeError):
+        run("byol", small)
+    assert stop.value.code == 130
 
 
 # --- numbers that are not finite
@@ -467,20 +484,6 @@ def test_a_loss_that_is_not_finite_between_two_log_lines(small, tmp_path, monkey
         run("byol", [*small, "--batch-size", "2", "--log-every", "5"])
     assert stop.value.code == 1 and "step 3" in capfd.readouterr().err
     assert not (tmp_path / "out/last.pth").exists()
-
-
-def test_a_checkpoint_that_is_not_finite(small, tmp_path, capfd):
-    """NaN in it: one line, exit code 2, and the file stays as it is."""
-    run("byol", [*small, "--max-steps", "1"])
-    path = tmp_path / "out/last.pth"
-    content = last_of(tmp_path / "out")
-    content["model"]["encoder.projector.0.weight"][0] = math.nan
-    torch.save(content, path)
-    damaged = path.read_bytes()
-    with pytest.raises(SystemExit) as stop:
-        run("byol", small)
-    assert stop.value.code == 2 and "not finite" in capfd.readouterr().err
-    assert path.read_bytes() == damaged
 
 
 def test_weights_that_overflow_are_not_saved(small, tmp_path, monkeypatch, capfd):
@@ -583,6 +586,22 @@ def test_waiting_for_data(read_seconds, step_seconds, said, small, monkeypatch, 
     monkeypatch.setattr(common.VideoClips, "open", slow)
     found = diagnosed(small, monkeypatch, capfd, SPREAD, steps=4, seconds=step_seconds)
     assert sum("waiting for data" in line for line in found) == said, found
+
+
+def test_the_speed_of_a_resumed_run(small, tmp_path, monkeypatch):
+    """Videos per second are those since the last line, or since the run went on."""
+    argv = [*small, "--epochs", "6", "--log-every", "10"]
+    run("byol", [*argv, "--max-steps", "9"])
+    record = common.Run.record
+
+    def slow(run, *args, **numbers):
+        time.sleep(0.2)
+        record(run, *args, **numbers)
+
+    monkeypatch.setattr(common.Run, "record", slow)
+    run("byol", argv)
+    speeds = [line["videos_per_second"] for line in log_of(tmp_path / "out")]
+    assert len(speeds) == 2 and max(speeds) < 6 / 0.2, speeds
 
 
 def test_the_last_line_evaluates_the_same_data(small, folder, tmp_path, capfd):
