@@ -969,7 +969,8 @@ def encode_views(network, clips, low_memory=False):
 
     outputs = []
     for view in clips.unbind(1):
-        view = view.contiguous(memory_format=torch.channels_last_3d)  # (B, 3, T, H, W)
+        if view.ndim == 5:  # clips (B, 3, T, H, W), and not features for a head
+            view = view.contiguous(memory_format=torch.channels_last_3d)
         if low_memory and torch.is_grad_enabled():
             output = checkpoint(network, view, use_reentrant=False, context_fn=contexts)
         else:
