@@ -238,6 +238,42 @@ def decoding():
     return markdown(heads, rows)
 
 
+def loading():
+    """Videos a second of one core, and cores for one GPU, from bench-loader.jsonl."""
+    rows, folder = [], ""
+    for m in log("bench-loader"):
+        folder = m.get("folder", folder)
+        if "files" in m:
+            speeds = [
+                m[f"{name}_videos_a_second"] for name in ("ours", "torchcodec", "pytorchvideo")
+            ]
+            rows.append([folder, m["rho"], *[f"{speed:.1f}" for speed in speeds]])
+        if "cores" in m and "rho" in m:
+            rows[-1].append(f"{m['cores']:.0f}")
+    heads = (
+        "files",
+        "rho",
+        "ours",
+        "torchcodec + transforms.v2",
+        "pytorchvideo",
+        "cores for one GPU",
+    )
+    return markdown(heads, rows)
+
+
+def compute():
+    """Memory, operations and hours that were computed and not measured, from compute.jsonl."""
+    rows = []
+    for m in log("compute"):
+        if "saved_gib" in m:
+            memory = f"{m['saved_gib']:.1f}", f"{m['total_gib']:.1f}"
+            low = "yes" if m["low_memory"] else "no"
+            numbers = f"{m['step_tflop']:.1f}", f"{m['hours']:.1f}"
+            rows.append([METHODS[m["method"]], m["rho"], low, *memory, *numbers])
+    heads = "", "rho", "--low-memory", "saved for backward, GiB", "total, GiB"
+    return markdown([*heads, "TFLOP a step", "hours"], rows)
+
+
 def rebuild():
     """Losses of the demo's first steps before and after the rebuild, from rebuild.jsonl."""
     rows = []
@@ -261,7 +297,7 @@ def study_epochs():
 def tables():
     """{name: table} of all tables."""
     functions = first, demo_short, losses_short, demo, halves, losses, classroom, finetuned
-    functions += decoding, rebuild, study_rho, study_epochs
+    functions += decoding, loading, compute, rebuild, study_rho, study_epochs
     return {function.__name__: function() for function in functions}
 
 
