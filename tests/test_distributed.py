@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 import byol
 import common
 import moco
-from conftest import METHODS, ROOT, run_ranks
+from conftest import METHODS, ROOT, arguments, run_ranks
 
 
 def run_script(method, argv):
@@ -103,6 +103,33 @@ def test_keys_are_shuffled_and_put_back():
     assert first == [0, 1, 2, 3] and second == [4, 5, 6, 7]
     assert set(seen) & {0, 1, 2, 3} and set(seen) & {4, 5, 6, 7}
     assert sorted(seen + seen_second) == list(range(8))
+
+
+class _Flat(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, view):
+        self.seen.append(view.flatten().tolist())
+        return view.flatten(1)
+
+
+def _seen_in_four_steps():
+    dist.init_process_group("gloo")
+    model = moco.MoCo(arguments(moco, projector=(1,), queue=24))
+    model.encoder, model.target = _Flat(), _Flat()
+    clips = common.local_part(torch.arange(8.0).reshape(8, 1, 1, 1, 1, 1))
+    for _ in range(4):
+        _, keys = model(clips)
+        moco.enqueue(model, common.gather(keys))
+    return model.target.seen
+
+
+def test_keys_are_shuffled_anew_in_every_step():
+    """The same shuffle in every step: a video's key would always be among the same places."""
+    seen, _ = run_ranks(2, _seen_in_four_steps)
+    assert len(seen) == 4 and len({tuple(sorted(batch)) for batch in seen}) > 1
 
 
 # --- data

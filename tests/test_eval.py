@@ -663,6 +663,31 @@ def test_neighbours(mode, hard, hard_argv, weights, tmp_path, monkeypatch):
             assert np.abs(drawn - frame[:, 26:186]).mean() < 1
 
 
+def test_neighbours_beside_a_bad_video(hard, hard_argv, tmp_path, monkeypatch):
+    """Rows of the features taken for numbers of the videos, in the picture or for the labels: they
+    differ after a bad video."""
+    names, draw = [], ImageDraw.ImageDraw.text
+
+    def text(self, xy, words, **more):
+        names.append(words)
+        return draw(self, xy, words, **more)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    flags = [*hard_argv, "--cached", "--epochs", "1", "--neighbours", str(tmp_path / "n.png")]
+    result = probe(flags)
+    good = names.copy()
+    lists = []
+    for part in ("train", "val"):
+        rows = [(path, path.parent.name) for path in sorted((hard / part).rglob("*.mp4"))]
+        rows.insert(0, (tmp_path / "missing.mp4", "a"))
+        lists.append(tmp_path / f"{part}.txt")
+        lists[-1].write_text("".join(f"{path}\t{label}\n" for path, label in rows))
+    names.clear()
+    flags += ["--data", str(lists[0]), "--val", str(lists[1]), "--allow-missing"]
+    assert {**probe(flags), "missing": 0, "command": ""} == {**result, "command": ""}
+    assert names == good and len(names) == 36
+
+
 def test_labels_that_do_not_fit(argv, data, tmp_path, capfd):
     """Classes only in the test set, or no labels, are errors; an untested class and videos that are
     in both sets are warned of by name."""
@@ -818,6 +843,28 @@ def test_knn_curve_is_the_same_on_ranks(hard, tmp_path):
     one, two = curve(tmp_path / "1"), curve(tmp_path / "2")
     assert one == two and [epoch for epoch, _ in one] == [1, 2, 3, 4]
     assert len({accuracy for _, accuracy in one}) > 1
+
+
+def _networks_of_knn(argv):
+    networks, measure = [], common.Run.measure_knn
+
+    def noted(self):
+        state = self.model.encoder.backbone.state_dict()
+        networks.append({name: tensor.numpy().copy() for name, tensor in state.items()})
+        return measure(self)
+
+    common.Run.measure_knn = noted
+    byol.main(argv)
+    return networks
+
+
+def test_all_ranks_measure_one_network(hard, tmp_path):
+    """BN statistics of each rank's own: half of the features would be another network's."""
+    argv = ["--data", str(hard / "train"), "--out", str(tmp_path / "out"), *SMALL]
+    first, second = run_ranks(2, _networks_of_knn, [*argv, "--knn-every", "1"])
+    assert len(first) == len(second) == 2
+    for one, two in zip(first, second, strict=True):
+        assert all(np.array_equal(value, two[name]) for name, value in one.items())
 
 
 def test_monitoring_changes_nothing(hard, tmp_path):

@@ -123,6 +123,27 @@ def test_dropout_and_all_resume_bit_equal(argv, tmp_path):
     assert {**one, "command": ""} == {**two, "command": ""}
 
 
+def _dropped(argv):
+    masks, forward = [], torch.nn.Dropout.forward
+
+    def noted(self, x):
+        x = forward(self, x)
+        if self.training:
+            masks.append((x != 0).numpy().tobytes())
+        return x
+
+    torch.nn.Dropout.forward = noted
+    finetune.main(argv)
+    return masks
+
+
+def test_dropout_is_drawn_for_every_step_and_rank(argv):
+    """The same features dropped in every step, or on every rank."""
+    flags = ["--dropout", "0.5", "--epochs", "3", "--test-clips", "1", "--test-crops", "1"]
+    masks = sum(run_ranks(2, _dropped, [*argv, *flags]), [])
+    assert len(masks) == len(set(masks)) == 12
+
+
 def test_every_test_video_is_scored_once_on_two_ranks(argv, tmp_path):
     """2 processes, 4 test videos, and 3 of them: n is their number."""
     run_ranks(2, trained, argv)

@@ -195,6 +195,16 @@ def test_keys_counted_are_in_the_checkpoint():
     assert torch.equal(other.queue, model.queue)
 
 
+def test_features_counted_are_in_the_checkpoint():
+    """SwAV: a count of its feature queue that begins anew when a run goes on."""
+    cfg = arguments(swav, feature_queue=5)
+    model, other = swav.SwAV(cfg), swav.SwAV(cfg)
+    swav.enqueue_features(model, unit(8, 2, 64).float())
+    other.load_state_dict(model.state_dict())
+    assert other.enqueued == 8 and type(other.enqueued) is int
+    assert torch.equal(other.queue, model.queue)
+
+
 def test_lightly_agrees():
     """An independent library's losses for two views of an image, and its Sinkhorn iterations."""
     z, k = unit(B, 2, D).float(), unit(B, 2, D, seed=1).float()

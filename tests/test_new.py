@@ -142,6 +142,15 @@ def test_an_interrupted_run_of_other_code(small, tmp_path, monkeypatch, capfd):
     assert log_of(tmp_path / "out")[-1]["step"] == 3
 
 
+def test_a_run_stopped_by_max_steps_is_interrupted(small, tmp_path, monkeypatch, capfd):
+    """Other code refused as if --max-steps, where the run has stopped, were its end."""
+    copy_of("byol", tmp_path, monkeypatch).main([*small, "--max-steps", "2"])
+    changed = copy_of("byol", tmp_path, monkeypatch, extra="# changed\n")
+    changed.main([*small, "--max-steps", "2"])
+    out = capfd.readouterr().out
+    assert "WARN mine.py has changed" in out and "nothing was trained" in out
+
+
 def _with_common_of(folder, argv):
     for name in ("common", "byol"):
         sys.modules.pop(name, None)

@@ -42,7 +42,8 @@ OWN = {
 }
 
 
-FEATURE_QUEUE = dict(feature_queue=10, queue_from=1.0)  # full after two steps, used in the third
+# used in the third step: full after two; full after one, but not to be used before
+FEATURE_QUEUES = [dict(feature_queue=10, queue_from=0.0), dict(feature_queue=6, queue_from=1.0)]
 
 
 # --- the second version: what all methods share
@@ -335,10 +336,10 @@ def runs(folder, tmp_path_factory):
     version have after 0, 1, ... steps; on several ranks after 0 and the last. Made once."""
 
     @functools.cache
-    def run(method, rho, optimizer="sgd", ranks=1, queued=False):
+    def run(method, rho, optimizer="sgd", ranks=1, queued=None):
         out = tmp_path_factory.mktemp(method)
         settings = {**SHARED, **OWN[method], "rho": rho, "optimizer": optimizer}
-        settings |= FEATURE_QUEUE if queued else {}
+        settings |= {} if queued is None else FEATURE_QUEUES[queued]
         ends = list(range(1, STEPS + 1)) if ranks == 1 else [STEPS]
         run_ranks(ranks, run_both, method, settings, folder, out, ends, ranks > 1)
         expected = torch.load(out / "expected.pth", weights_only=True)
@@ -496,12 +497,13 @@ def test_ranks_share_one_state(method, rho, ranks, runs):
             assert_tensors(rows, ours, "")
 
 
+@pytest.mark.parametrize("queued", [0, 1])
 @pytest.mark.parametrize("rho, ranks", [(1, 1), (3, 1), (3, 2), (2, 3)])
-def test_feature_queue(rho, ranks, runs):
+def test_feature_queue(rho, ranks, queued, runs):
     """SwAV's feature queue used before it is full or before its epoch; one queue for all views, of
     this rank alone, or of scores with older prototypes; codes of the queue's own features."""
     plain = runs("swav", rho, ranks=ranks)[0][-1]
-    found, expected = (states[-1] for states in runs("swav", rho, ranks=ranks, queued=True))
+    found, expected = (states[-1] for states in runs("swav", rho, ranks=ranks, queued=queued))
     model = {name: tensor for name, tensor in found.model.items() if name != "queue"}
     assert_tensors(model, expected["model"], "")
     assert found.loss_sum == pytest.approx(expected["loss_sum"], rel=TOLERANCE)

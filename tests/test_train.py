@@ -72,6 +72,14 @@ def test_every_method_at_every_rho(method, rho, small, tmp_path, capfd):
     assert_same_run(tmp_path / "out", tmp_path / "low")
 
 
+@pytest.mark.parametrize("rho", [1, 3])
+def test_chance_counts_views(rho, small, tmp_path):
+    """A chance level of SimCLR that counts rho clips, not the views: rho 1 has two."""
+    run("simclr", [*small, "--rho", str(rho), "--max-steps", "1"])
+    (line,) = log_of(tmp_path / "out")
+    assert line["chance"] == pytest.approx(math.log(1 + max(2, rho) * 5))
+
+
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_bn_statistics_are_updated_once_a_view(low_memory):
     """Also where activations are computed again; the gradient is that of the plain forward."""
@@ -486,9 +494,10 @@ def test_a_loss_that_is_not_finite_between_two_log_lines(small, tmp_path, monkey
     assert not (tmp_path / "out/last.pth").exists()
 
 
-def test_weights_that_overflow_are_not_saved(small, tmp_path, monkeypatch, capfd):
-    """A finite loss whose step leaves weights that are not: exit code 1 in words, and the files
-    are those of before."""
+@pytest.mark.parametrize("what", ["weights", "moments"])
+def test_weights_that_overflow_are_not_saved(what, small, tmp_path, monkeypatch, capfd):
+    """A finite loss whose step leaves weights, or only the optimizer's moments, that are not: exit
+    code 1 in words, and the files are those of before."""
     byol.main([*small, "--max-steps", "2"])
     files = {path: path.read_bytes() for path in (tmp_path / "out").glob("*.pth")}
     step, taken = torch.optim.AdamW.step, []
@@ -497,7 +506,9 @@ def test_weights_that_overflow_are_not_saved(small, tmp_path, monkeypatch, capfd
         step(self, *args, **more)
         taken.append(1)
         if len(taken) == 2:  # the last step before the save
-            self.param_groups[0]["params"][0].data.mul_(1e38).mul_(1e38)
+            weight = self.param_groups[0]["params"][0]
+            wrong = weight.data if what == "weights" else self.state[weight]["exp_avg_sq"]
+            wrong.fill_(math.inf)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
     with pytest.raises(SystemExit) as stop:

@@ -198,6 +198,24 @@ def test_videos_and_views_of_the_full_protocol(ranks, argv):
     assert len(set(trained)) > 30 and min(firsts) < 10 and max(firsts) > 34
 
 
+@pytest.mark.parametrize("script", [eval_linear, finetune])
+def test_short_sides_in_training_and_testing(script, argv, monkeypatch):
+    """A short side that is not drawn from 256 to 320 pixels for crops of 224, or is in testing."""
+    sides, opens = {}, common.VideoClips.open
+
+    def noted(self, index, short_side):
+        part = self.path(index).split("/")[-3]
+        sides.setdefault(part, []).append(short_side)
+        return opens(self, index, short_side)
+
+    monkeypatch.setattr(common.VideoClips, "open", noted)
+    flags = ["--no-cached"] if script is eval_linear else ["--dropout", "0.5"]
+    script.main([*argv, *flags, "--test-clips", "1", "--test-crops", "1"])
+    drawn = sides["train"][:36]  # in 3 epochs; what follows is for kNN
+    assert set(sides["val"]) == {27} and set(sides["train"][36:]) <= {27}
+    assert min(drawn) in (27, 28) and max(drawn) in (33, 34) and len(set(drawn)) > 4
+
+
 def test_videos_and_views_of_cached_features(argv):
     """--cached that reads a video twice, more or other clips than 4, or trains on random ones."""
     passes = passes_of(eval_linear, [*argv, "--cached"])
@@ -351,8 +369,9 @@ def test_neighbours_vote_by_their_similarity(colour, tmp_path):
     assert result["knn_top1"] == 100
 
 
-def test_all_views_of_a_video_are_used(colour, tmp_path):
-    """kNN or the cached classifier on the first view of a video.
+@pytest.mark.parametrize("mode", ["cached", "clips"])
+def test_all_views_of_a_video_are_used(mode, colour, tmp_path):
+    """kNN or the classifier on the first view of a video.
 
     The first of four views of each video has the colour of the other class."""
     tones = {"red": (220, 20, 20), "blue": (20, 20, 220)}
@@ -363,7 +382,7 @@ def test_all_views_of_a_video_are_used(colour, tmp_path):
             plain_video(path, [tones[other]] * 8 + [tones[name]] * 32)
             rows[part].append((path, name))
     plain = plain_video(tmp_path / "plain.mp4", [tones["red"]] * 40)
-    result = evaluated("cached", colour, rows["train"], [*rows["val"], (plain, "red")], tmp_path)
+    result = evaluated(mode, colour, rows["train"], [*rows["val"], (plain, "red")], tmp_path)
     assert result["knn_top1"] == result["linear_top1"] == 100
 
 
