@@ -511,6 +511,17 @@ def test_cached_probe_learns_what_is_there():
     assert 0.1 < accuracy(labels[:200][torch.randperm(200)]) < 0.6
 
 
+def test_learning_rates_of_the_cached_probe(monkeypatch):
+    """A schedule that is a step ahead, or that ends early or late."""
+    asked, real = [], common.learning_rate
+    monkeypatch.setattr(common, "learning_rate", lambda *args: asked.append(args[1]) or real(*args))
+    cfg = arguments(eval_linear, epochs=3, batch_size=5)
+    eval_linear.cached_probe(
+        cfg, torch.randn(20, 2, 4), torch.arange(20) % 2, torch.ones(1, 2, 4), 2
+    )
+    assert [*dict.fromkeys(asked)] == pytest.approx([step / 12 for step in range(12)])
+
+
 def stopped(argv):
     record, count = common.Run.record, 0
 
@@ -606,6 +617,19 @@ def test_a_finished_probe_goes_on_to_testing(argv, tmp_path, capfd):
     assert "nothing was trained" in capfd.readouterr().out
     assert probe([*flags, "--test-clips", "2"])["views"] == 6
     assert (tmp_path / "probe/last.pth").read_bytes() == saved
+
+
+@pytest.mark.parametrize("given", [(), ("frames", "size"), ("stride",)])
+def test_flags_win_over_the_settings_of_the_weights(given, weights):
+    """A clip or crop that is always the weights' own, whatever the flags say, or never."""
+    flags = [word for name in given for word in ("--" + name, "24")]
+    argv = ["--weights", str(weights), "--data", "x", *flags]
+    cfg = common.parse_args(eval_linear.Config, eval_linear.DEMO, argv)
+    eval_linear.fill_settings(cfg)
+    trained = dict(backbone="tiny", frames=4, stride=4, size=16)
+    expected = {name: 24 if name in given else value for name, value in trained.items()}
+    assert {name: getattr(cfg, name) for name in trained} == expected
+    assert cfg.test_size == round(expected["size"] * 256 / 224)
 
 
 def test_weights_may_be_a_runs_folder(argv, weights, capfd):

@@ -6,6 +6,7 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -135,6 +136,20 @@ def _dropped(argv):
     torch.nn.Dropout.forward = noted
     finetune.main(argv)
     return masks
+
+
+def test_chance_level():
+    """A chance level of another number of classes, or of actions that are all equally frequent."""
+    data = SimpleNamespace(classes=["a", "b", "c", "d", "e"])
+    assert finetune.chance_level(data) == pytest.approx(math.log(5))
+    targets = [torch.tensor([1.0, 0.0]), torch.tensor([[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]])]
+
+    class Actions(SimpleNamespace):
+        __len__ = targets.__len__
+
+    data = Actions(classes=[], target=targets.__getitem__)  # shares 2/4 and 1/4
+    entropies = [-sum(p * math.log(p) for p in (share, 1 - share)) for share in (1 / 2, 1 / 4)]
+    assert finetune.chance_level(data) == pytest.approx(sum(entropies) / 2)
 
 
 def test_dropout_is_drawn_for_every_step_and_rank(argv):

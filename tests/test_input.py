@@ -239,6 +239,15 @@ def test_lists_as_people_write_them(tmp_path, small, capfd):
     assert "bad video" not in capfd.readouterr().err
 
 
+def test_a_folder_is_listed_in_the_order_of_names(folder, monkeypatch):
+    """The order in which a disk lists its files: a copy of the data would be another run."""
+    paths, labels = common.list_videos(folder)
+    assert len(paths) == 13 and paths == sorted(paths) and labels == sorted(labels)
+    listed = common.glob.iglob
+    monkeypatch.setattr(common.glob, "iglob", lambda *a, **how: [*listed(*a, **how)][::-1])
+    assert common.list_videos(folder) == (paths, labels)
+
+
 def test_lists_without_labels(tmp_path):
     """A path alone has the label ""; in a folder the label is the folder in it."""
     (tmp_path / "list.txt").write_text("a.mp4\n/b/c.mp4\tx\nd/e.mp4\t\n")

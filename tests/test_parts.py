@@ -276,6 +276,17 @@ def test_predictor_has_the_papers_size():
     assert sum(p.numel() for p in head.parameters()) == 2_105_600
 
 
+@pytest.mark.parametrize("bn", [False, True])
+def test_start_of_a_head(bn):
+    """Weights of torch's own scale, or biases that do not begin at 0."""
+    for module in common.mlp((64, 256, 32), bn):
+        if isinstance(module, torch.nn.Linear):
+            bound = math.sqrt(3 / module.in_features)  # the released code's, Caffe2's XavierFill
+            assert 0.98 * bound < module.weight.abs().max() <= bound
+        if getattr(module, "bias", None) is not None:
+            assert not module.bias.any()
+
+
 @pytest.mark.parametrize("projector_bn", [False, True])
 def test_predictor_has_bn_whatever_the_projector_has(projector_bn):
     """A predictor whose BN follows --projector-bn."""
@@ -465,6 +476,20 @@ def test_demo_videos_have_their_scenes(scenes):
         cuts = np.flatnonzero(changes > 2.5 * np.median(changes))
         assert len(cuts) == scenes - 1, (seed, np.sort(changes)[-5:], np.median(changes))
         assert np.abs(cuts - 60 * np.arange(1, scenes) / scenes).max(initial=0) <= 4
+
+
+def test_demo_videos_show_their_class():
+    """A coat that is drawn by chance, or a trick that is not done: two classes look alike."""
+    tricks = [*demo_videos.TRICKS, "none"]
+    classes = [(coat, trick) for coat in demo_videos.COATS for trick in tricks]
+    pictures = [
+        demo_videos.acrobat(*each, 4, np.random.default_rng(0), 20).astype(np.float32)
+        for each in classes
+    ]
+    for i, one in enumerate(pictures):
+        for j in range(i):
+            difference = np.abs(one - pictures[j]).mean()
+            assert difference > 1, (classes[i], classes[j], difference)
 
 
 def test_demo_videos_as_a_command(tmp_path):

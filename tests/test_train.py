@@ -72,14 +72,6 @@ def test_every_method_at_every_rho(method, rho, small, tmp_path, capfd):
     assert_same_run(tmp_path / "out", tmp_path / "low")
 
 
-@pytest.mark.parametrize("rho", [1, 3])
-def test_chance_counts_views(rho, small, tmp_path):
-    """A chance level of SimCLR that counts rho clips, not the views: rho 1 has two."""
-    run("simclr", [*small, "--rho", str(rho), "--max-steps", "1"])
-    (line,) = log_of(tmp_path / "out")
-    assert line["chance"] == pytest.approx(math.log(1 + max(2, rho) * 5))
-
-
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_bn_statistics_are_updated_once_a_view(low_memory):
     """Also where activations are computed again; the gradient is that of the plain forward."""
