@@ -173,6 +173,25 @@ def slow_saves(argv):
     run("byol", argv)
 
 
+def test_signals_after_training(small):
+    """A stop signal that is only noted, as in training, while an evaluation is at its testing."""
+    before = signal.getsignal(signal.SIGTERM)
+    byol.main([*small, "--max-steps", "1"])
+    assert signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(SystemExit) as stop:
+        signal.raise_signal(signal.SIGINT)
+    assert stop.value.code == 130
+
+
+def test_long_epochs_are_saved_on_the_way(small, monkeypatch):
+    """Checkpoints at the ends of epochs alone, which of large data are hours apart."""
+    steps, save = [], common.Run.save
+    monkeypatch.setattr(common.Run, "save", lambda run: steps.append(run.step) or save(run))
+    monkeypatch.setattr(common, "SAVE_EVERY", 4)
+    byol.main([*small, "--batch-size", "2"])
+    assert steps == [4, 6, 8, 12]
+
+
 def test_kill_during_saves_loses_nothing(small, tmp_path):
     """SIGKILL at 12 random moments in or near a save: there is always a good last.pth, and in the
     end the run is that of an undisturbed one."""
