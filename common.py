@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections import OrderedDict
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -380,122 +380,189 @@ def _rows(source, flag):
                 yield name.strip(), label.strip()
 
 
+@contextlib.contextmanager
+def _reasons(path):
+    """What goes wrong inside becomes a ValueError of one line that begins with the path."""
+    try:
+        yield
+    except (av.FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: {reason}") from None
+
+
 def _open(path):
     """One local media file: no network, no playlist that names other files."""
     options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
     return av.open(f"file:{path}", options=options)
 
 
+class VideoReader:
+    """A video file, read in one thread. All times are seconds from its first frame.
+
+    short_side: pixels, to which frames are scaled; the long side is at most 16 times as long.
+    Opening, `read` and `duration` raise a ValueError that begins with the path if they cannot."""
+
+    def __init__(self, path, short_side=None):
+        self.path = path
+        self.short_side = short_side
+        with _reasons(path):
+            self._open()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self):
+        self._container.close()
+
+    def _open(self):
+        """Open the file and decode the first frame, which says where time begins."""
+        self._container = _open(self.path)
+        self._stream = self._container.streams.best("video")
+        if self._stream is None or self._stream.codec_context is None:  # or of an unknown codec
+            raise ValueError("no video stream")
+        self._stream.thread_type = "NONE"
+        self._stream.codec_context.thread_count = 1
+        self._second = 1 / self._stream.time_base  # in ticks, the unit of a time stamp (pts)
+        self._start_decoding()
+        self._first = self._coming
+        if self._first is None:
+            raise ValueError("no frame with a time stamp can be decoded")
+        self._been_read = False
+
+    @cached_property
+    def duration(self):
+        """Seconds; from the header if it says, else from all packets."""
+        if self._stream.duration:
+            return float(self._stream.duration / self._second)
+        if self._container.duration:  # counted from 0, wherever the first frame is
+            return self._container.duration / av.time_base - float(max(0, self._first.time))
+        with _reasons(self.path), _open(self.path) as scan:
+            packets = scan.demux(scan.streams.best("video"))
+            last = max(packet.pts for packet in packets if packet.pts is not None)
+        return float((last - self._first.pts) / self._second)
+
+    def read(self, times):
+        """The frames on display at times of any shape, in any order, in one pass through the file.
+
+        At time t that is the last frame whose time stamp is at most t + 1 ms; past the end the
+        last one. Returns (*times.shape, H, W, 3) uint8 RGB, upright, of the first frame's size
+        before scaling."""
+        times = np.asarray(times, float)
+        seconds = np.clip(times.ravel(), 0, 1e9) + 1e-3
+        with _reasons(self.path):
+            if self._been_read:
+                self.close()
+                self._open()
+            self._been_read = True
+            limits = self._first.pts + (seconds * float(self._second)).astype(int)
+            pictures = self._pictures(limits.tolist())
+        return pictures.reshape(*times.shape, *pictures.shape[1:])
+
+    def _pictures(self, limits):
+        """(N, H, W, 3): for each of N time stamps the last frame up to it."""
+        height, width = self._size()
+        pictures = np.empty((len(limits), height, width, 3), np.uint8)
+        reformatter = av.video.reformatter.VideoReformatter()
+        shown = None
+        for k in np.argsort(limits, kind="stable"):
+            frame = self._frame_at(limits[k])
+            if frame is not shown:  # converted and scaled in one go
+                shown = frame
+                picture = reformatter.reformat(frame, width, height, "rgb24", threads=1)
+                picture = picture.to_ndarray()
+            pictures[k] = picture
+        degrees = self._first.rotation
+        if abs(degrees) > 360:  # the matrix is damaged
+            return pictures
+        return np.rot90(pictures, round(degrees / 90), axes=(1, 2))
+
+    def _size(self):
+        """Height and width of what is returned, before rotation."""
+        sides = self._first.height, self._first.width
+        if self.short_side is None:
+            return sides
+        scale = self.short_side / min(sides)
+        longest = 16 * self.short_side  # 4096 x 2 would become huge
+        return [min(round(side * scale), longest) for side in sides]
+
+    def _frame_at(self, limit):
+        """The last frame up to a time stamp, not before the one of the call before."""
+        if self._worth_seeking(limit):
+            self._seek(limit)
+        while self._coming and self._coming.pts <= limit:
+            self._shown = self._coming
+            self._coming = self._next_frame()
+        return self._shown
+
+    def _start_decoding(self):
+        """From where the container is now."""
+        self._packets = self._container.demux(self._stream)
+        self._decoded = []
+        self._coming = self._next_frame()
+
+    def _next_frame(self):
+        """The next one that has a time stamp; None at the end."""
+        while not self._decoded:
+            try:
+                packet = next(self._packets, None)
+                if packet is None:
+                    return None
+                self._decoded += [frame for frame in packet.decode() if frame.pts is not None]
+            except av.error.InvalidDataError:  # a damaged packet
+                continue
+            except IndexError:  # of a stream that begins here, which a new demuxer knows
+                self._packets = self._container.demux(self._stream)
+        return self._decoded.pop(0)
+
+    def _worth_seeking(self, limit):
+        """Whether a key frame lies between the coming frame and a time stamp, or is likely to."""
+        if self._coming is None or self._coming.pts > limit:
+            return False
+        if self._container.format.name == "mpeg":
+            return False  # it has too few time stamps to know where a seek has led
+        here = self._coming.pts
+        index = self._stream.index_entries
+        if len(index):
+            i = index.search_timestamp(limit)
+            if i >= 0 and index[i].timestamp > here:
+                return True
+            here = max(here, index[len(index) - 1].timestamp)
+        return limit - here > 2 * self._second  # the index, if any, ends before
+
+    def _seek(self, limit):
+        """Go on from a key frame at or before a time stamp."""
+        # an index in decoding order may lead too far, and the first packet be for an earlier moment
+        for seconds in (0, 2, 20):
+            place = max(math.floor(limit - seconds * self._second), self._first.pts)
+            try:
+                self._container.seek(place, stream=self._stream)
+            except av.FFmpegError:
+                continue
+            self._start_decoding()
+            if self._coming and self._coming.pts <= limit:
+                return
+        self.close()
+        self._open()
+
+
 def read_clips(path, starts, frames, stride, size=None):
-    """Decode clips of one video, in the order of `starts`, with one open and one thread.
-    starts: seconds from the first frame, (clips,), or the times of all frames, (clips, T), or what
-    makes them from the duration. Frame i is the one on display at start + i * stride / 30 seconds:
-    the last whose time stamp is at most 1 ms later; past the end the last frame repeats. size: the
-    short side in pixels. Returns (clips, T, H, W, 3) uint8 RGB, or raises ValueError."""
-    try:
-        with _open(path) as container:
-            stream = container.streams.best("video")
-            if stream is None or stream.codec_context is None:  # or of an unknown codec
-                raise ValueError("no video stream")
-            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-            if callable(starts):
-                starts = starts(_duration(path, container, stream))
-            times = _frame_times(np.asarray(starts, float), frames, stride)
-            pictures = _frames_at(container, stream, times.ravel(), size)
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise ValueError(f"{path}: {getattr(error, 'strerror', None) or error}") from None
-    return pictures.reshape(*times.shape, *pictures.shape[1:])
+    """Clips of one video: frame i lies i * stride / 30 seconds after its start.
+
+    starts: seconds from the first frame, (clips,), or the times of all frames, (clips, T). size:
+    the short side in pixels. Returns (clips, T, H, W, 3) uint8 RGB in the order of starts; raises
+    ValueError. See VideoReader."""
+    with VideoReader(path, size) as reader:
+        return reader.read(_frame_times(np.asarray(starts, float), frames, stride))
 
 
 def _frame_times(starts, frames, stride):
     """(clips,) starts, or the (clips, T) times themselves -> (clips, T)."""
-    return starts if starts.ndim == 2 else starts[:, None] + np.arange(frames) * stride / 30
-
-
-def _duration(path, container, stream):
-    """Seconds; from the header if it says, else from all packets."""
-    if stream.duration:
-        return float(stream.duration * stream.time_base)
-    if container.duration:  # counted from 0, wherever the first frame is
-        return container.duration / av.time_base - max(0, container.start_time or 0) / av.time_base
-    with _open(path) as scan:
-        packets = [p for p in scan.demux(scan.streams.best("video")) if p.size]
-    times = [p.pts for p in packets if p.pts is not None]
-    if not times:  # a raw stream has no time stamps
-        return len(packets) / float(stream.average_rate or 30)
-    return float((max(times) - min(times)) * stream.time_base)
-
-
-def _decode(container, stream):
-    """(seconds, frame) from here on. A packet that cannot be decoded is passed over."""
-    packets, count = container.demux(stream), 0
-    while True:
-        try:
-            packet = next(packets, None)
-            decoded = packet.decode() if packet else []
-        except av.error.InvalidDataError:
-            continue
-        except IndexError:  # of a stream that begins here, which a new demuxer knows
-            packets = container.demux(stream)
-            continue
-        if packet is None:
-            return
-        for frame in decoded:
-            yield count / (stream.average_rate or 30) if frame.pts is None else frame.time, frame
-            count += 1
-
-
-def _frames_at(container, stream, times, size):
-    """(len(times), H, W, 3): for each time, in seconds from the first frame, what is on display."""
-    decoder = _decode(container, stream)
-    coming = next(decoder, None)
-    if coming is None:
-        raise ValueError("no frame can be decoded")
-    zero, first = coming
-    scale = size / min(first.height, first.width) if size else 1
-    longest = 16 * size if size else max(first.height, first.width)  # 4096 x 2 would be huge
-    height, width = (min(max(1, round(s * scale)), longest) for s in (first.height, first.width))
-    pictures = np.empty((len(times), height, width, 3), dtype=np.uint8)
-    reformatter, picture = av.video.reformatter.VideoReformatter(), None
-    for k in np.argsort(times, kind="stable"):
-        limit = zero + max(times[k], 0.0) + 1e-3
-        if coming and coming[0] <= limit and _worth_seeking(stream, coming, limit):
-            decoder, coming = _seek(container, stream, limit, zero)
-        while coming and coming[0] <= limit:
-            shown, coming, picture = coming[1], next(decoder, None), None
-        if picture is None:  # converted and scaled in one go
-            picture = reformatter.reformat(shown, width, height, "rgb24", threads=1).to_ndarray()
-        pictures[k] = picture
-    turns = first.rotation / 90 if abs(first.rotation) <= 360 else 0  # else the matrix is damaged
-    return np.rot90(pictures, round(turns), axes=(1, 2))
-
-
-def _worth_seeking(stream, coming, target):
-    """Whether a key frame lies between the coming frame and a time, or is likely to."""
-    if coming[1].pts is None or stream.container.format.name == "mpeg":
-        return False  # no time stamps, or too few of them to know where a seek has led
-    here, target, index = coming[1].pts, round(target / stream.time_base), stream.index_entries
-    if len(index):
-        i = index.search_timestamp(target)
-        if i >= 0 and index[i].timestamp > here:
-            return True
-        here = max(here, index[len(index) - 1].timestamp)
-    return (target - here) * stream.time_base > 2  # the index, if any, ends before the target
-
-
-def _seek(container, stream, target, zero):
-    """Go on from a key frame at or before a time: (decoder, its first frame)."""
-    # an index in decoding order may lead too far, and the first packet be for an earlier moment
-    for place in (target, max(target - 2, zero), max(target - 20, zero), zero, zero - 1):
-        try:
-            container.seek(math.floor(place / stream.time_base), stream=stream)
-        except av.FFmpegError:
-            continue
-        decoder = _decode(container, stream)
-        coming = next(decoder, None)
-        if coming and coming[0] <= target:
-            return decoder, coming
-    raise ValueError(f"cannot seek to {target - zero:.3f} s")
+    if starts.ndim == 2:
+        return starts
+    return starts[:, None] + np.arange(frames) * stride / 30
 
 
 # --- demo videos
@@ -647,19 +714,16 @@ def _views(args, videos, sample_clips, crop, key, bad):
     """The cropped views of a video, all randomness from the seed and the key (epoch, number); a bad
     one is replaced by the same other one for the same seed, and bad gets the reason."""
     for attempt in range(20):
-        rng, starts = np.random.default_rng((args.seed, *key, attempt)), []
+        rng = np.random.default_rng((args.seed, *key, attempt))
         number = key[1] if attempt == 0 else int(rng.integers(len(videos)))
         moment = _moment(videos, number)
-
-        def choose(duration, rng=rng, starts=starts, moment=moment):
-            rho, timespan = getattr(args, "rho", 1), getattr(args, "timespan", None)
-            span = args.frames * args.stride / 30
-            starts += sample_clips(duration, span, rho, timespan, rng, **moment)
-            return starts
-
+        rho, timespan = getattr(args, "rho", 1), getattr(args, "timespan", None)
+        span = args.frames * args.stride / 30
         size = int(rng.integers(args.short_side[0], args.short_side[-1], endpoint=True))
         try:
-            clips = read_clips(videos[number], choose, args.frames, args.stride, size)
+            with VideoReader(videos[number], size) as reader:
+                starts = sample_clips(reader.duration, span, rho, timespan, rng, **moment)
+                clips = reader.read(_frame_times(np.array(starts), args.frames, args.stride))
         except ValueError as error:
             bad.append(str(error))
             continue
@@ -1077,14 +1141,13 @@ def evaluate(args, videos, network, clips, crops=1, which=None):
 
 def _test_views(args, videos, clips, crops, i):
     size, span = getattr(args, "test_size", args.size), args.frames * args.stride / 30
-
-    def choose(duration):
-        if callable(clips):
-            return clips(duration, span, **_moment(videos, i))
-        return np.arange(clips) / clips * max(0, duration - span)
-
     try:
-        x = read_clips(videos[i], choose, args.frames, args.stride, size)
+        with VideoReader(videos[i], size) as reader:
+            if callable(clips):
+                starts = np.array(clips(reader.duration, span, **_moment(videos, i)))
+            else:
+                starts = np.arange(clips) / clips * max(0, reader.duration - span)
+            x = reader.read(_frame_times(starts, args.frames, args.stride))
     except ValueError as error:
         return i, None, str(error)
     x = torch.from_numpy(x.copy()).permute(0, 4, 1, 2, 3)  # (clips, 3, T, H, W)

@@ -347,14 +347,14 @@ def test_names_of_torchrun_without_torchrun(names, small, tmp_path):
 
 
 def _killed_while_reading(argv):
-    read = common.read_clips
+    reader = common.VideoReader
 
     def dying(path, *args, **more):
         if torch.utils.data.get_worker_info() and path.endswith("06.mp4"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(path, *args, **more)
+        return reader(path, *args, **more)
 
-    common.read_clips = dying
+    common.VideoReader = dying
     eval_linear.main(argv)
 
 

@@ -170,6 +170,14 @@ def test_ssv2_lists(ssv2, tmp_path):
     ]
 
 
+def clips_at(path, choose):
+    """8 x 8 clips of a video, at the starts or times that a function makes from its duration."""
+    with common.VideoReader(path) as reader:
+        starts = choose(reader.duration)
+    return common.read_clips(path, starts, 8, 8)
+
+
+
 def test_segments_cover_the_whole_video(tmp_path):
     """Of 80 frames one from each ten, at random; without randomness the middle one; from two clips
     the frames at a quarter and three quarters."""
@@ -179,14 +187,14 @@ def test_segments_cover_the_whole_video(tmp_path):
     for seed in range(12):
         rng = np.random.default_rng(seed)
         starts = partial(finetune.segments, args, span=0, rho=1, rng=rng)
-        (clip,) = common.read_clips(path, starts, 8, 99)
+        (clip,) = clips_at(path, starts)
         numbers = read_counters(clip)
         assert [number // 10 for number in numbers] == [*range(8)]
         seen |= {number % 10 for number in numbers}
     assert seen == set(range(10))
     for clips, within in ((1, [5]), (2, [2, 7])):
         args.test_clips = clips
-        pictures = common.read_clips(path, partial(finetune.segments, args, span=0), 8, 99)
+        pictures = clips_at(path, partial(finetune.segments, args, span=0))
         assert [read_counters(clip) for clip in pictures] == [
             [10 * part + i for part in range(8)] for i in within
         ]
@@ -359,9 +367,9 @@ def test_key_frame_is_in_the_middle_of_its_clip(tmp_path):
     taken; the same second of a whole film is at 902 s."""
     cut = make_video(tmp_path / "cut.mp4", n=150, fps=30)
     film = make_video(tmp_path / "film.mp4", n=1300, fps=1, size=(48, 32), codec="mpeg4")
-    (clip,) = common.read_clips(cut, partial(finetune.around, span=64 / 30, moment=902.0), 8, 8)
+    (clip,) = clips_at(cut, partial(finetune.around, span=64 / 30, moment=902.0))
     assert read_counters(clip) == [*range(28, 92, 8)]
-    (clip,) = common.read_clips(film, partial(finetune.around, span=64 / 30, moment=902.0), 8, 8)
+    (clip,) = clips_at(film, partial(finetune.around, span=64 / 30, moment=902.0))
     assert read_counters(clip) == [900, 901, 901, 901, 902, 902, 902, 902]
 
 

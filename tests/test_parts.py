@@ -341,11 +341,12 @@ def test_short_side_is_drawn_between_its_two_values(folder, monkeypatch):
     """Videos are decoded at every short side from the least to the largest; the clip is --size."""
     args, sizes = arguments(byol.Recipe, short_side=(20, 22), size=16, seed=0), []
 
-    def read(path, starts, frames, stride, size):
-        sizes.append(size)
-        return np.zeros((len(starts(5.0)), frames, size, 2 * size, 3), np.uint8)
+    class Reader(common.VideoReader):
+        def __init__(self, path, short_side):
+            sizes.append(short_side)
+            super().__init__(path, short_side)
 
-    monkeypatch.setattr(common, "read_clips", read)
+    monkeypatch.setattr(common, "VideoReader", Reader)
     crop, videos = common._operators(args)[0], common.Videos(folder)
     for epoch in range(40):
         views, *_ = common._views(args, videos, byol.sample_clips, crop, (epoch, 5), [])

@@ -207,14 +207,14 @@ def test_kill_during_saves_loses_nothing(small, tmp_path):
 
 
 def killed_in_a_worker(argv):
-    read = common.read_clips
+    reader = common.VideoReader
 
     def fatal(path, *args):
         if path.endswith("07.mp4"):
             os.kill(os.getpid(), signal.SIGKILL)
-        return read(path, *args)
+        return reader(path, *args)
 
-    common.read_clips = fatal
+    common.VideoReader = fatal
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.suppress(SystemExit):
         run("byol", argv)
     return err.getvalue()

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import common
+from common import VideoReader
 from videos import LIGHT, counter_picture, make_video, read_counter, read_counters
 
 NTSC = Fraction(30000, 1001)
@@ -498,22 +499,13 @@ def test_30_and_60_fps_show_the_same_moments(tmp_path_factory, stride):
 
 
 @pytest.mark.parametrize("name", RAW)
-def test_raw_stream_without_time_stamps(tmp_path, name):
-    """A bare H.264 or HEVC stream, which has no time stamps, is read at its frame rate: 25 (what
-    FFmpeg assumes) or 30 (what the stream says)."""
+def test_raw_stream_without_time_stamps_is_refused(tmp_path, name):
+    """A bare H.264 or HEVC stream has no time stamps: nobody knows what is on display when."""
     codec = "libx265" if "hevc" in name else "libx264"
     path = make_video(tmp_path / name, n=90, codec=codec, bframes=2 if "-b" in name else 0)
-    seen = []
-    starts = [2.0, 0.0, 0.5, 100.0]
-    for clip in common.read_clips(path, lambda seconds: seen.append(seconds) or starts, 5, 3):
-        seen.append(read_counters(clip))
-    possible = []
-    for fps in (25, 30):
-        frames = [(Fraction(i, fps), i) for i in range(90)]
-        times = [[Fraction(s) + Fraction(i * 3, 30) for i in range(5)] for s in starts]
-        possible.append([[max(on_display(frames, t)) for t in clip] for clip in times])
-    assert seen[1:] in possible
-    assert min(abs(seen[0] - 90 / fps) for fps in (25, 30)) < 0.1
+    with pytest.raises(ValueError, match="time stamp") as caught:
+        VideoReader(path)
+    assert str(caught.value).startswith(path)
 
 
 @pytest.mark.parametrize("name", CUT)
@@ -589,33 +581,47 @@ def test_random_combinations(tmp_path_factory):
             raise AssertionError(f"case {case}, {file.path}, {file.options}: {error}") from None
 
 
-# --- starts from the duration
+# --- the reader
 
 
 @pytest.mark.parametrize("name", [*CONSTANT, "with-audio.mp4"])
-def test_starts_may_be_made_from_the_duration(video, name):
-    """A callable gets the video's seconds, counted from its first frame whatever the header says
-    (or does not say), once; its list is used like a given one."""
-    file, seen = video(name), []
-
-    def middle_then_start(duration):
-        seen.append(duration)
-        return [duration / 2, 0.0]
-
-    clips = common.read_clips(file.path, middle_then_start, 3, 2)
+def test_duration(video, name):
+    """The video's seconds, counted from its first frame whatever the header says (or does not
+    say); asking for them changes nothing that is read."""
+    file = video(name)
+    with VideoReader(file.path) as reader:
+        duration = reader.duration
+        pictures = reader.read([duration / 2, 0.0])
     fps = float(CONSTANT.get(name, {}).get("fps", 30))
-    assert len(seen) == 1 and isinstance(seen[0], float)
+    assert isinstance(duration, float)
     slack = 0.5 if name.endswith(".mpg") else 0.01  # it has a time stamp only now and then
-    assert abs(seen[0] - len(file.frames) / fps) <= 1.5 / fps + slack
-    assert (clips == check(file, [seen[0] / 2, 0.0], 3, 2)).all()
+    assert abs(duration - len(file.frames) / fps) <= 1.5 / fps + slack
+    assert (pictures == check(file, [duration / 2, 0.0], 1, 1)[:, 0]).all()
 
 
 @pytest.mark.parametrize("name", [*VARIABLE, *CUT])
 def test_duration_is_usable_where_the_header_lies(video, name):
     """With a variable rate or a cut file the duration is finite, and not below 0."""
-    seen = []
-    common.read_clips(video(name).path, lambda seconds: seen.append(seconds) or [0.0], 1, 1)
-    assert math.isfinite(seen[0]) and seen[0] >= 0
+    with VideoReader(video(name).path) as reader:
+        assert math.isfinite(reader.duration) and reader.duration >= 0
+
+
+@pytest.mark.parametrize(
+    "name", ["b-frames.mp4", "live.mkv", "key-frames.ts", "program.mpg", "mpeg4-b.avi", "cut.ts"]
+)
+def test_a_reader_reads_again(video, name):
+    """Whatever was read before, forward or back, a reader gives what a new one gives; times of any
+    shape give pictures of that shape."""
+    file, rng = video(name), np.random.default_rng(5)
+    with VideoReader(file.path, short_side=32) as reader:
+        for shape in [(3,), (2, 4), (), (0,), (5,)]:
+            times = rng.uniform(0, end(file) + 0.5, shape)
+            pictures = reader.read(times)
+            assert pictures.shape == (*shape, 32, 48, 3)
+            assert pictures.dtype == np.uint8
+            for place in np.ndindex(shape):
+                expected = common.read_clips(file.path, [times[place]], 1, 1, 32)[0, 0]
+                assert (pictures[place] == expected).all()
 
 
 # --- pictures
@@ -782,14 +788,15 @@ def opened(monkeypatch):
 
 @pytest.mark.parametrize("name", ["b-frames.mp4", "long-gop-30.mp4", "mpegts.ts", *NO_DURATION])
 def test_one_open_for_all_clips(video, opened, name):
-    """However many clips there are, and also if their starts come from the duration, the file is
+    """However many clips there are, and also if one asks for the duration first, the file is
     opened once; only a duration that the header lacks may be looked for in a second opening."""
     file = video(name)
     opened.clear()  # the file may have been written and decoded just now
     common.read_clips(file.path, [end(file) * part for part in (0.9, 0, 0.5, 0.5)], 2, 2)
     assert len(opened) == 1
     opened.clear()
-    common.read_clips(file.path, lambda seconds: [seconds * 0.9, 0.0, seconds * 0.5], 2, 2)
+    with VideoReader(file.path) as reader:
+        reader.read(np.array([0.9, 0.0, 0.5]) * reader.duration)
     assert len(opened) <= (2 if name in NO_DURATION else 1)
 
 
@@ -816,7 +823,8 @@ def test_cost_of_a_clip_does_not_grow_with_the_file(video, opened, long, short):
         costs = []
         for part in np.random.default_rng(3).uniform(0, 1, 15):
             opened.clear()
-            common.read_clips(file.path, lambda seconds, part=part: [part * seconds], 8, 4)
+            with VideoReader(file.path) as reader:
+                reader.read(part * reader.duration + np.arange(8) * 4 / 30)
             costs.append(sum(container.work for container in opened))
         worst.append(max(costs))
     assert worst[1] <= bound and worst[0] <= bound
@@ -899,11 +907,22 @@ UNREADABLE = {
 
 
 def assert_unreadable(path):
-    for starts in ([0.0], lambda seconds: [seconds / 2]):
+    for read in (read_start, read_middle):
         with pytest.raises(ValueError) as caught:
-            common.read_clips(path, starts, 2, 2)
+            read(path)
         message = str(caught.value)
-        assert message.strip() and "\n" not in message
+        assert message.startswith(f"{path}: ")
+        assert len(message) > len(f"{path}: ")
+        assert "\n" not in message
+
+
+def read_start(path):
+    common.read_clips(path, [0.0], 2, 2)
+
+
+def read_middle(path):
+    with VideoReader(path) as reader:
+        reader.read([reader.duration / 2])
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
@@ -954,7 +973,7 @@ def test_truncated_at_every_tenth(tmp_path, name, options):
         path.write_bytes(data[: len(data) * tenth // 10])
         begun = time.monotonic()
         try:
-            common.read_clips(str(path), lambda seconds: [seconds / 2], 2, 2)
+            read_middle(str(path))
         except ValueError:
             assert_unreadable(str(path))
             continue
