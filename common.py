@@ -8,6 +8,8 @@ is always axis 1. Sources such as RH:259 are lines of the released code; see the
 
 import argparse
 import atexit
+import bisect
+import collections
 import contextlib
 import fcntl
 import glob
@@ -380,6 +382,30 @@ def _rows(source, flag):
                 yield name.strip(), label.strip()
 
 
+def _open(path):
+    """One local media file: no network, no playlist that names other files."""
+    options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+    return av.open(f"file:{path}", options=options)
+
+
+def _open(path):
+    """One local media file: no network, no playlist that names other files."""
+    options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+    return av.open(f"file:{path}", options=options)
+
+
+def _open(path):
+    """One local media file: no network, no playlist that names other files."""
+    options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+    return av.open(f"file:{path}", options=options)
+
+
+def _open(path):
+    """One local media file: no network, no playlist that names other files."""
+    options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+    return av.open(f"file:{path}", options=options)
+
+
 @contextlib.contextmanager
 def _reasons(path):
     """What goes wrong inside becomes a ValueError of one line that begins with the path."""
@@ -390,21 +416,19 @@ def _reasons(path):
         raise ValueError(f"{path}: {reason}") from None
 
 
-def _open(path):
-    """One local media file: no network, no playlist that names other files."""
-    options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
-    return av.open(f"file:{path}", options=options)
-
-
 class VideoReader:
-    """A video file, read in one thread. All times are seconds from its first frame.
+    """A video file, read in one thread; times are seconds from its first frame.
 
     short_side: pixels, to which frames are scaled; the long side is at most 16 times as long.
-    Opening, `read` and `duration` raise a ValueError that begins with the path if they cannot."""
+    Opening, `duration` and `read` raise a ValueError that begins with the path if they cannot.
+    Inside, a limit is a time stamp (pts, in units of time_base) of which the last frame up to it is
+    wanted; packets, of a frame each, come in the order in which frames need each other."""
 
     def __init__(self, path, short_side=None):
         self.path = path
         self.short_side = short_side
+        self._may_skip = True
+        self._been_read = False
         with _reasons(path):
             self._open()
 
@@ -424,13 +448,14 @@ class VideoReader:
         if self._stream is None or self._stream.codec_context is None:  # or of an unknown codec
             raise ValueError("no video stream")
         self._stream.thread_type = "NONE"
-        self._stream.codec_context.thread_count = 1
-        self._second = 1 / self._stream.time_base  # in ticks, the unit of a time stamp (pts)
+        self._decoder = self._stream.codec_context
+        self._decoder.thread_count = 1
+        self._second = 1 / self._stream.time_base
+        self._skipping = False
         self._start_decoding()
         self._first = self._coming
         if self._first is None:
             raise ValueError("no frame with a time stamp can be decoded")
-        self._been_read = False
 
     @cached_property
     def duration(self):
@@ -438,31 +463,35 @@ class VideoReader:
         if self._stream.duration:
             return float(self._stream.duration / self._second)
         if self._container.duration:  # counted from 0, wherever the first frame is
-            return self._container.duration / av.time_base - float(max(0, self._first.time))
+            return self._container.duration / av.time_base - max(0.0, self._first.time)
         with _reasons(self.path), _open(self.path) as scan:
             packets = scan.demux(scan.streams.best("video"))
             last = max(packet.pts for packet in packets if packet.pts is not None)
         return float((last - self._first.pts) / self._second)
 
     def read(self, times):
-        """The frames on display at times of any shape, in any order, in one pass through the file.
+        """Frames at times of any shape, in any order, in one pass through the file.
 
-        At time t that is the last frame whose time stamp is at most t + 1 ms; past the end the
-        last one. Returns (*times.shape, H, W, 3) uint8 RGB, upright, of the first frame's size
-        before scaling."""
+        At time t it is the last frame whose time stamp is at most t + 1 ms; past the end the last.
+        Returns (*times.shape, H, W, 3) uint8 RGB, upright, scaled from the first frame's size."""
         times = np.asarray(times, float)
         seconds = np.clip(times.ravel(), 0, 1e9) + 1e-3
         with _reasons(self.path):
             if self._been_read:
-                self.close()
-                self._open()
+                self._reopen()
             self._been_read = True
             limits = self._first.pts + (seconds * float(self._second)).astype(int)
             pictures = self._pictures(limits.tolist())
         return pictures.reshape(*times.shape, *pictures.shape[1:])
 
+    def _reopen(self):
+        self.close()
+        self._open()
+
     def _pictures(self, limits):
-        """(N, H, W, 3): for each of N time stamps the last frame up to it."""
+        self._limits = sorted(limits)
+        sure = self._decoder.name in ("h264", "mpeg2video") and not self._first.interlaced_frame
+        self._skipping = sure and self._may_skip and self._container.format.name != "avi"
         height, width = self._size()
         pictures = np.empty((len(limits), height, width, 3), np.uint8)
         reformatter = av.video.reformatter.VideoReformatter()
@@ -470,82 +499,123 @@ class VideoReader:
         for k in np.argsort(limits, kind="stable"):
             frame = self._frame_at(limits[k])
             if frame is not shown:  # converted and scaled in one go
-                shown = frame
                 picture = reformatter.reformat(frame, width, height, "rgb24", threads=1)
                 picture = picture.to_ndarray()
             pictures[k] = picture
+            shown = frame
         degrees = self._first.rotation
         if abs(degrees) > 360:  # the matrix is damaged
             return pictures
         return np.rot90(pictures, round(degrees / 90), axes=(1, 2))
 
     def _size(self):
-        """Height and width of what is returned, before rotation."""
+        """Height and width before rotation."""
         sides = self._first.height, self._first.width
         if self.short_side is None:
             return sides
         scale = self.short_side / min(sides)
-        longest = 16 * self.short_side  # 4096 x 2 would become huge
-        return [min(round(side * scale), longest) for side in sides]
+        return [min(round(side * scale), 16 * self.short_side) for side in sides]
 
     def _frame_at(self, limit):
-        """The last frame up to a time stamp, not before the one of the call before."""
+        """The frame of a limit, which is not below that of the call before."""
         if self._worth_seeking(limit):
             self._seek(limit)
         while self._coming and self._coming.pts <= limit:
             self._shown = self._coming
             self._coming = self._next_frame()
+        if self._skipping and not self._is_right(self._shown, limit):
+            self._may_skip = False
+            self._reopen()
+            return self._frame_at(limit)
         return self._shown
 
     def _start_decoding(self):
         """From where the container is now."""
         self._packets = self._container.demux(self._stream)
-        self._decoded = []
+        self._ahead = collections.deque()  # packets that are read, but not decoded
+        self._stamps = []  # of all packets that are read, sorted
+        self._frames = []  # that are decoded, but not taken
         self._coming = self._next_frame()
 
     def _next_frame(self):
         """The next one that has a time stamp; None at the end."""
-        while not self._decoded:
+        while not self._frames:
             try:
-                packet = next(self._packets, None)
+                packet = self._next_packet()
                 if packet is None:
                     return None
-                self._decoded += [frame for frame in packet.decode() if frame.pts is not None]
+                self._decoder.skip_frame = "NONREF" if self._not_wanted(packet) else "DEFAULT"
+                self._frames += [frame for frame in packet.decode() if frame.pts is not None]
             except av.error.InvalidDataError:  # a damaged packet
                 continue
             except IndexError:  # of a stream that begins here, which a new demuxer knows
                 self._packets = self._container.demux(self._stream)
-        return self._decoded.pop(0)
+        return self._frames.pop(0)
+
+    # A frame that is not wanted and that no other refers to (NONREF) is not decoded, which leaves
+    # all others as they are, bit for bit. Only where packets have the time stamps of their frames:
+    # not in an avi, nor with fields, of which a packet may hold one.
+
+    def _next_packet(self):
+        """The next one to decode, None at the end; others are read ahead for their time stamps."""
+        while len(self._ahead) <= 16 * self._skipping:
+            packet = next(self._packets, None)
+            if packet is None:
+                break
+            self._ahead.append(packet)
+            if packet.pts is not None and not packet.is_discard and not packet.is_corrupt:
+                bisect.insort(self._stamps, packet.pts)
+        if not self._ahead:
+            return None
+        packet = self._ahead.popleft()
+        if self._skipping and packet.dts is not None and packet.dts > self._limits[-1]:
+            self._packets = iter(())  # all from here on are later: an empty packet ends decoding
+            self._ahead.clear()
+            packet = av.Packet()
+            packet.stream = self._stream
+        return packet
+
+    def _not_wanted(self, packet):
+        """Whether the limit that follows, if any, is known to be another frame's."""
+        if not self._skipping or packet.pts is None:
+            return False
+        i = bisect.bisect_left(self._limits, packet.pts)
+        j = bisect.bisect_right(self._stamps, packet.pts)
+        if i == len(self._limits):
+            return True
+        return j < len(self._stamps) and self._stamps[j] <= self._limits[i]
+
+    def _is_right(self, frame, limit):
+        """Whether it is the frame that the packets promise, and not one field of it."""
+        i = bisect.bisect_right(self._stamps, limit)
+        return not frame.interlaced_frame and (i == 0 or self._stamps[i - 1] == frame.pts)
 
     def _worth_seeking(self, limit):
-        """Whether a key frame lies between the coming frame and a time stamp, or is likely to."""
-        if self._coming is None or self._coming.pts > limit:
+        """Whether a key frame lies between the coming frame and a limit, or is likely to."""
+        # an mpg file has too few time stamps to know where a seek has led
+        if self._coming is None or self._container.format.name == "mpeg":
             return False
-        if self._container.format.name == "mpeg":
-            return False  # it has too few time stamps to know where a seek has led
         here = self._coming.pts
         index = self._stream.index_entries
         if len(index):
-            i = index.search_timestamp(limit)
+            # an mp4's index says when frames are decoded, which is earlier
+            delay = max(0, self._first.pts - index[0].timestamp)
+            i = index.search_timestamp(limit - delay)
             if i >= 0 and index[i].timestamp > here:
                 return True
             here = max(here, index[len(index) - 1].timestamp)
         return limit - here > 2 * self._second  # the index, if any, ends before
 
     def _seek(self, limit):
-        """Go on from a key frame at or before a time stamp."""
-        # an index in decoding order may lead too far, and the first packet be for an earlier moment
-        for seconds in (0, 2, 20):
+        """Go on from a key frame at or before a limit."""
+        for seconds in (0, 2, 20):  # it may lead too far
             place = max(math.floor(limit - seconds * self._second), self._first.pts)
-            try:
+            with contextlib.suppress(av.FFmpegError):
                 self._container.seek(place, stream=self._stream)
-            except av.FFmpegError:
-                continue
-            self._start_decoding()
-            if self._coming and self._coming.pts <= limit:
-                return
-        self.close()
-        self._open()
+                self._start_decoding()
+                if self._coming and self._coming.pts <= limit:
+                    return
+        self._reopen()
 
 
 def read_clips(path, starts, frames, stride, size=None):

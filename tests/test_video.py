@@ -624,6 +624,132 @@ def test_a_reader_reads_again(video, name):
                 assert (pictures[place] == expected).all()
 
 
+# --- frames that are not decoded
+
+PYRAMIDS = ["none", "strict", "normal"]
+
+
+def noise_in_motion(counter, width, height):
+    """A picture of which every frame differs from its neighbours everywhere, but can be predicted
+    from them: a wrong or missing reference shows."""
+    still = np.random.default_rng(0).integers(0, 256, (height + 64, width + 64, 3), np.uint8)
+    new = np.random.default_rng(counter).integers(0, 60, (height, width, 3), np.uint8)
+    x, y = counter * 3 % 64, counter * 2 % 64
+    return still[y : y + height, x : x + width] // 2 + new
+
+
+def whole_file(path, short_side):
+    """[(seconds since the first frame, picture)] of all frames: nothing is sought or skipped."""
+    found, converter = [], av.video.reformatter.VideoReformatter()
+    with av.open(path) as container:
+        stream = container.streams.video[0]
+        stream.thread_type = "NONE"
+        for frame in container.decode(stream):
+            size = frame.width * short_side // frame.height, short_side
+            picture = converter.reformat(frame, *size, "rgb24", threads=1).to_ndarray()
+            found.append((frame.pts, picture))
+        return [((pts - found[0][0]) * stream.time_base, picture) for pts, picture in found]
+
+
+def compare_with_whole_file(path, rng, rounds=4):
+    """Clips of rho 1 to 4 at random, bit for bit. Returns how many packets were marked as not
+    wanted, and how many were decoded."""
+    marks = []
+
+    class Marking(VideoReader):
+        def _not_wanted(self, packet):
+            marks.append(super()._not_wanted(packet))
+            return marks[-1]
+
+    frames = whole_file(path, 32)
+    pictures = dict(enumerate(picture for _, picture in frames))
+    numbered = [(seconds, i) for i, (seconds, _) in enumerate(frames)]
+    for rho in range(1, rounds + 1):
+        starts = rng.uniform(0, float(frames[-1][0]), rho)
+        times = starts[:, None] + np.arange(5) * rng.choice([1, 2, 5, 8]) / 30
+        with Marking(path, short_side=32) as reader:
+            clips = reader.read(times)
+            assert reader._may_skip
+        for seconds, picture in zip(times.ravel(), clips.reshape(-1, *clips.shape[2:]), strict=True):
+            allowed = on_display(numbered, Fraction(float(seconds)))
+            assert any((picture == pictures[i]).all() for i in allowed), (path, seconds)
+    return sum(marks), len(marks)
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv", "ts"])
+@pytest.mark.parametrize("bframes", range(9))
+def test_skipping_changes_no_bit(tmp_path, bframes, ending):
+    """Frames that are not wanted and to which no other refers are left out by the decoder; those
+    that are wanted are, bit for bit, those of a file that is decoded whole: with any number of B
+    frames, that others refer to or not, with open and closed groups."""
+    rng = np.random.default_rng(bframes)
+    for pyramid in PYRAMIDS if bframes > 1 else PYRAMIDS[:1]:
+        for open_gop in (0, 1):
+            params = x264(b_pyramid=pyramid, open_gop=open_gop, ref=4, b_adapt=0)
+            path = make_video(
+                tmp_path / f"{pyramid}-{open_gop}.{ending}",
+                n=100,
+                gop=24,
+                bframes=bframes,
+                draw=noise_in_motion,
+                codec_options=params,
+            )
+            unwanted, packets = compare_with_whole_file(path, rng)
+            assert unwanted > packets / 4
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("variable.mkv", dict(pts=jitter(100, 8))),
+        ("variable.mp4", dict(pts=jitter(100, 9), offset=3)),
+        ("starts-at-5.ts", dict(offset=5)),
+        ("fragmented.mp4", dict(container_options={"movflags": "frag_keyframe+empty_moov"})),
+        ("flash.flv", dict()),
+        ("live.mkv", dict(container_options=LIVE)),
+        ("mpeg2.ts", dict(codec="mpeg2video")),
+        ("mpeg2.mkv", dict(codec="mpeg2video")),
+        ("mpeg2.mp4", dict(codec="mpeg2video")),
+    ],
+)
+def test_skipping_changes_no_bit_elsewhere(tmp_path, name, options):
+    """The same for variable rates, other starts and containers, and MPEG-2."""
+    given = dict(n=100, gop=24, bframes=2, draw=noise_in_motion) | options
+    path = make_video(tmp_path / name, **given)
+    unwanted, packets = compare_with_whole_file(path, np.random.default_rng(0), rounds=8)
+    assert unwanted > packets / 4
+
+
+@pytest.mark.parametrize("name", ["interlaced.ts", "mpeg4-b.avi", "hevc.mp4", "h264.avi"])
+def test_all_is_decoded_where_skipping_is_not_sure(tmp_path, name):
+    """With fields, with other codecs, and in an avi file, whose packets have no time stamps."""
+    options = CONSTANT.get(name, dict(n=75, bframes=2))
+    path = make_video(tmp_path / name, **options)
+    with VideoReader(path) as reader:
+        reader.read([0.3, 1.1, 1.2])
+        assert not reader._skipping
+
+
+def test_frames_that_do_not_come_make_it_read_again(tmp_path):
+    """If a frame that the packets promise does not come out of the decoder, all are decoded: here
+    the promise of one that does not exist, 10 ms after each."""
+
+    class Promising(VideoReader):
+        def _next_packet(self):
+            packet = super()._next_packet()
+            late = round(self._second / 100)
+            self._stamps = sorted({*self._stamps, *(stamp + late for stamp in self._stamps)})
+            return packet
+
+    path = make_video(tmp_path / "a.mp4", n=75, bframes=3)
+    times = [1.52, 0.31, 2.1, 0.32]
+    with Promising(path) as reader:
+        pictures = reader.read(times)
+        assert not reader._may_skip
+        assert (reader.read(times) == pictures).all()
+    assert read_counters(pictures) == [45, 9, 63, 9]
+
+
 # --- pictures
 
 
