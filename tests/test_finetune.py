@@ -177,7 +177,6 @@ def clips_at(path, choose):
     return common.read_clips(path, starts, 8, 8)
 
 
-
 def test_segments_cover_the_whole_video(tmp_path):
     """Of 80 frames one from each ten, at random; without randomness the middle one; from two clips
     the frames at a quarter and three quarters."""

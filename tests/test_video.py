@@ -670,7 +670,9 @@ def compare_with_whole_file(path, rng, rounds=4):
         with Marking(path, short_side=32) as reader:
             clips = reader.read(times)
             assert reader._may_skip
-        for seconds, picture in zip(times.ravel(), clips.reshape(-1, *clips.shape[2:]), strict=True):
+        for seconds, picture in zip(
+            times.ravel(), clips.reshape(-1, *clips.shape[2:]), strict=True
+        ):
             allowed = on_display(numbered, Fraction(float(seconds)))
             assert any((picture == pictures[i]).all() for i in allowed), (path, seconds)
     return sum(marks), len(marks)
