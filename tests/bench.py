@@ -168,7 +168,7 @@ def decode(quick, folder, videos=()):
         measure(path, readers, rounds)
     for video in videos:
         for path in sorted(Path(video).rglob("*.*")) if Path(video).is_dir() else [Path(video)]:
-            if path.suffix in common._SUFFIXES:
+            if path.suffix in common.SUFFIXES:
                 measure(str(path), readers, rounds)
 
 
