@@ -351,7 +351,7 @@ class VideoReader:
         self._second = 1 / self._stream.time_base
         self._skipping = False
         self._start_decoding()
-        self._first = self._coming
+        self._first = self._shown = self._coming
         if self._first is None:
             raise ValueError("no frame with a time stamp can be decoded")
 
@@ -418,11 +418,15 @@ class VideoReader:
         """The frame of a limit, which is not below that of the call before."""
         if self._worth_seeking(limit):
             self._seek(limit)
-        while self._coming and self._coming.pts <= limit:
+        while not self._is_known_last(limit):
+            self._coming = self._coming or self._next_frame()
+            if self._coming is None or self._coming.pts > limit:
+                break
             self._shown = self._coming
-            self._coming = self._next_frame()
-        if self._skipping and not self._is_right(self._shown, limit):
-            self._may_skip = False
+            self._coming = None
+        if self._shown.interlaced_frame or set(self._stamps_up_to(limit)) != {self._shown.pts}:
+            self._may_skip = False  # not the frame that the packets promised, or a field of it
+        if self._skipping and not self._may_skip:
             self._reopen()
             return self._frame_at(limit)
         return self._shown
@@ -456,22 +460,16 @@ class VideoReader:
 
     def _next_packet(self):
         """The next one to decode, None at the end; others are read ahead for their time stamps."""
-        while len(self._ahead) <= 16 * self._skipping:
+        while len(self._ahead) <= 8 * self._skipping:
             packet = next(self._packets, None)
             if packet is None:
                 break
             self._ahead.append(packet)
-            if packet.pts is not None and not packet.is_discard and not packet.is_corrupt:
+            if packet.size and (packet.pts is None or packet.is_corrupt):
+                self._may_skip = False
+            elif packet.size and not packet.is_discard:
                 bisect.insort(self._stamps, packet.pts)
-        if not self._ahead:
-            return None
-        packet = self._ahead.popleft()
-        if self._skipping and packet.dts is not None and packet.dts > self._limits[-1]:
-            self._packets = iter(())  # all from here on are later: an empty packet ends decoding
-            self._ahead.clear()
-            packet = av.Packet()
-            packet.stream = self._stream
-        return packet
+        return self._ahead.popleft() if self._ahead else None
 
     def _not_wanted(self, packet):
         """Whether the limit that follows, if any, is known to be another frame's."""
@@ -483,23 +481,29 @@ class VideoReader:
             return True
         return j < len(self._stamps) and self._stamps[j] <= self._limits[i]
 
-    def _is_right(self, frame, limit):
-        """Whether it is the frame that the packets promise, and not one field of it."""
-        i = bisect.bisect_right(self._stamps, limit)
-        return not frame.interlaced_frame and (i == 0 or self._stamps[i - 1] == frame.pts)
+    def _stamps_up_to(self, limit):
+        """Of packets that were read, from the frame shown on."""
+        i = bisect.bisect_left(self._stamps, self._shown.pts)
+        return self._stamps[i : bisect.bisect_right(self._stamps, limit)]
+
+    def _is_known_last(self, limit):
+        """Whether the frame shown is the last up to a limit, without a look at the next."""
+        if not self._skipping or not self._ahead or self._ahead[-1].dts is None:
+            return False
+        return self._ahead[-1].dts > limit and self._stamps_up_to(limit) == [self._shown.pts]
 
     def _worth_seeking(self, limit):
         """Whether a key frame lies between the coming frame and a limit, or is likely to."""
-        # an mpg file has too few time stamps to know where a seek has led
-        if self._coming is None or self._container.format.name == "mpeg":
-            return False
-        here = self._coming.pts
+        at_end = self._coming is None and not self._ahead
+        if at_end or self._container.format.name == "mpeg":
+            return False  # an mpg file has too few time stamps to know where a seek has led
+        here = (self._coming or self._shown).pts
         index = self._stream.index_entries
         if len(index):
             # an mp4's index says when frames are decoded, which is earlier
             delay = max(0, self._first.pts - index[0].timestamp)
             i = index.search_timestamp(limit - delay)
-            if i >= 0 and index[i].timestamp > here:
+            if i >= 0 and index[i].timestamp - here > self._second / 10:
                 return True
             here = max(here, index[len(index) - 1].timestamp)
         return limit - here > 2 * self._second  # the index, if any, ends before

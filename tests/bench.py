@@ -1,7 +1,10 @@
 """Benchmarks, one line of JSON a measurement: python tests/bench.py [--quick] [--only NAME ...]
 
-decode   CPU time of a clip by our reader, at rho 1, 2, 4, beside the least that libavcodec and the
-         colour conversion need for those frames, and beside torchcodec and decord where they are.
+decode   CPU time of a clip of 8 frames, stride 8, at rho 1, 2, 4: ours, torchcodec (approximate and
+         exact mode) and decord, each with one thread, on encodes like those of data sets (x264
+         medium, B-frames, noise and motion at the bit rate of real files) and on real ones:
+         --videos FILE|FOLDER ... The others need `pip install torchcodec decord`, and torchcodec
+         the system's FFmpeg libraries: `apt install ffmpeg`.
 memory   growth of a process over thousands of decodes; start-up on a list of a million lines.
 augment  the default augmentation of a clip beside its decoding, or beside a step on a GPU.
 step     one training step: ours beside contiguous tensors (fp16 on a GPU); on a GPU clips a second
@@ -27,15 +30,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from bisect import bisect_right
-from fractions import Fraction
 from pathlib import Path
 from unittest import mock
 
 import av
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -64,112 +64,154 @@ def say(name, **numbers):
 
 # --- decode
 
+LAYOUTS = [  # (width, height), bits a second, seconds, frames from one key frame to the next
+    ((340, 256), 800_000, 10, 12),
+    ((340, 256), 800_000, 10, 48),
+    ((340, 256), 800_000, 10, 250),
+    ((340, 256), 800_000, 60, 250),
+    ((1280, 720), 3_000_000, 10, 12),
+    ((1280, 720), 3_000_000, 10, 48),
+    ((1280, 720), 3_000_000, 10, 250),
+]
 
-def moving_texture(counter, width, height):
-    """A picture that costs a codec about as much as a street scene: panning noise at all scales."""
-    rng = np.random.default_rng(0)
-    if not hasattr(moving_texture, "scene"):
-        layers = [rng.uniform(0, 255, (2 * height // s, 2 * width // s, 3)) for s in (64, 16, 4)]
-        full = [
-            np.kron(layer, np.ones((s, s, 1))) for layer, s in zip(layers, (64, 16, 4), strict=True)
-        ]
-        low = min(f.shape[0] for f in full), min(f.shape[1] for f in full)
-        moving_texture.scene = sum(f[: low[0], : low[1]] for f in full) / 3
-    x, y = (
-        int(abs((counter * v) % (2 * r) - r)) for v, r in ((1.7, width - 20), (0.9, height - 20))
+
+@functools.cache
+def texture(width, height, seed):
+    """Random blocks at all scales, as natural pictures have them: (height, width, 3) float32."""
+    rng = np.random.default_rng(seed)
+    picture = np.zeros((height, width, 3), np.float32)
+    for side in (128, 64, 32, 16, 8, 4, 2):
+        coarse = rng.normal(0, 6 * side**0.5, (height // side + 2, width // side + 2, 3))
+        blocks = np.kron(coarse, np.ones((side, side, 1)))
+        picture += blocks[:height, :width].astype(np.float32)
+    return (picture + 128).clip(0, 255)
+
+
+def moving_scene(counter, width, height):
+    """A background that a hand-held camera sees, four things that move over it, and the noise of a
+    sensor: what a codec has to do for a video from the street."""
+    rng = np.random.default_rng(counter)
+    margin = height // 4
+    scene = texture(width + 2 * margin, height + 2 * margin, 0)
+    x = margin + round(margin * 0.8 * np.sin(counter / 47) + rng.normal(0, 0.7))
+    y = margin + round(margin * 0.8 * np.sin(counter / 31) + rng.normal(0, 0.7))
+    picture = scene[y : y + height, x : x + width].copy()
+    side = height // 3
+    for thing in range(1, 5):
+        x = round((width - side) * (0.5 + 0.5 * np.sin(counter / (9 * thing) + thing)))
+        y = round((height - side) * (0.5 + 0.5 * np.cos(counter / (7 * thing + 9))))
+        picture[y : y + side, x : x + side] = texture(side, side, thing)
+    picture += rng.normal(0, 4, (height, width, 1))
+    return picture.clip(0, 255).astype(np.uint8)
+
+
+def encode(path, size, bits, seconds, gop):
+    options = {"preset": "medium", "b": str(bits), "x264-params": "threads=1"}
+    return make_video(
+        path,
+        n=seconds * FPS,
+        size=size,
+        gop=gop,
+        bframes=3,
+        draw=moving_scene,
+        codec_options=options,
     )
-    return moving_texture.scene[y : y + height, x : x + width].astype(np.uint8)
 
 
-def least(path, starts, keys):
-    """Decode each frame that must be decoded once, from the key frames, convert the wanted ones."""
-    wanted = sorted(
-        {int((s + i * STRIDE / 30 + 1e-3) * FPS) for s in starts for i in range(FRAMES)}
-    )
-    with av.open(path) as container:
-        stream = container.streams.video[0]
-        stream.thread_type, stream.codec_context.thread_count = "NONE", 1
-        step = Fraction(1, FPS) / stream.time_base
-        decoder, at, pictures, convert = container.decode(stream), -1, [], VideoReformatter()
-        for number in wanted:
-            key = keys[bisect_right(keys, number) - 1]
-            if key > at + 1:
-                container.seek(int(key * step), stream=stream)
-                decoder = container.decode(stream)
-            while at < number:
-                frame = next(decoder)
-                at = round(frame.pts / step)
-            pictures.append(convert.reformat(frame, format="rgb24", threads=1).to_ndarray())
-    return np.stack(pictures)
-
-
-def with_torchcodec(path, starts):
+def with_torchcodec(mode, path, times):
     from torchcodec.decoders import VideoDecoder
 
-    decoder = VideoDecoder(path, seek_mode="approximate", num_ffmpeg_threads=1)
-    seconds = [
-        min(s + i * STRIDE / 30, decoder.metadata.duration_seconds - 0.01)
-        for s in starts
-        for i in range(FRAMES)
-    ]
-    return decoder.get_frames_played_at(seconds).data
+    decoder = VideoDecoder(path, seek_mode=mode, num_ffmpeg_threads=1)
+    begin, end = decoder.metadata.begin_stream_seconds, decoder.metadata.end_stream_seconds
+    seconds = np.minimum(times.ravel() + begin, end - 0.02)
+    return decoder.get_frames_played_at(seconds.tolist()).data
 
 
-def with_decord(path, starts):
+def with_decord(path, times):
     import decord
 
     reader = decord.VideoReader(path, num_threads=1)
-    numbers = [
-        min(int((s + i * STRIDE / 30) * FPS), len(reader) - 1)
-        for s in starts
-        for i in range(FRAMES)
-    ]
-    return reader.get_batch(numbers).asnumpy()
+    numbers = (times.ravel() * reader.get_avg_fps()).astype(int)
+    return reader.get_batch(np.minimum(numbers, len(reader) - 1).tolist()).asnumpy()
 
 
-def ours(path, starts):
-    return common.read_clips(path, lambda duration: starts, FRAMES, STRIDE, 256)
+def ours(path, times):
+    return common.read_clips(path, times, FRAMES, STRIDE)
 
 
-def decode(quick, folder):
-    others, path = {}, make_video(folder / "try.mp4", n=FPS)
-    for name, reader in (("torchcodec", with_torchcodec), ("decord", with_decord)):
+READERS = {
+    "ours": ours,
+    "torchcodec_approximate": functools.partial(with_torchcodec, "approximate"),
+    "torchcodec_exact": functools.partial(with_torchcodec, "exact"),
+    "decord": with_decord,
+}
+
+
+def decode(quick, folder, videos=()):
+    """Encodes first, then the real files."""
+    path = make_video(folder / "try.mp4", n=3 * FPS)
+    times = np.arange(FRAMES)[None] * STRIDE / 30
+    readers = {}
+    for name, reader in READERS.items():
         try:
-            reader(path, [0.0])
-            others[name] = reader
+            reader(path, times)
+            readers[name] = reader
         except Exception as error:  # not installed, or it does not find its libraries
             say("decode", left_out=name, reason=str(error).strip().split("\n")[0][:90])
-    for gop in (12, 250):
-        for seconds in (10, 60) if quick else (10, 600):
-            path = make_video(
-                folder / f"{gop}-{seconds}.mp4",
-                n=seconds * FPS,
-                size=(340, 256),
-                gop=gop,
-                draw=moving_texture,
-                codec_options={"crf": "26"},
-            )
-            with av.open(path) as container:
-                packets = [p for p in container.demux(video=0) if p.size]
-                order = sorted(p.pts for p in packets)
-                keys = sorted(order.index(p.pts) for p in packets if p.is_keyframe)
-            for rho in (1, 2, 4):
-                measure(path, gop, seconds, rho, keys, others, rounds=6 if quick else 25)
+    for name in ("torchcodec", "decord"):
+        if name in sys.modules:
+            say("decode", package=name, version=importlib.metadata.version(name))
+    rounds = 6 if quick else 24
+    for (width, height), bits, seconds, gop in LAYOUTS[:3] if quick else LAYOUTS:
+        name = f"x264-{width}x{height}-gop{gop}-{seconds}s.mp4"
+        path = encode(folder / name, (width, height), bits, seconds, gop)
+        measure(path, readers, rounds)
+    for video in videos:
+        for path in sorted(Path(video).rglob("*.*")) if Path(video).is_dir() else [Path(video)]:
+            if path.suffix in common.SUFFIXES:
+                measure(str(path), readers, rounds)
 
 
-def measure(path, gop, seconds, rho, keys, others, rounds):
-    """Medians over the same starts, the readers taking turns."""
-    readers = {"ours": ours, "least": lambda p, s: least(p, s, keys), **others}
-    spent, rng = {name: [] for name in readers}, np.random.default_rng(0)
-    for _ in range(rounds):
-        starts = rng.uniform(0, seconds - SPAN, rho).tolist()
-        for name, reader in readers.items():
-            begun = time.process_time()
-            reader(path, starts)
-            spent[name].append(1000 * (time.process_time() - begun) / rho)
-    ms = {f"{name}_ms": float(np.median(times)) for name, times in spent.items()}
-    ratios = {f"ours_to_{n}": ms["ours_ms"] / ms[f"{n}_ms"] for n in readers if n != "ours"}
-    say("decode", gop=gop, seconds=seconds, rho=rho, **ms, **ratios)
+def describe(path):
+    """What decides about the cost of a file."""
+    with av.open(path) as container:
+        stream = container.streams.best("video")
+        packets = [p for p in container.demux(stream) if p.pts is not None]
+        keys = [i for i, packet in enumerate(packets) if packet.is_keyframe] + [len(packets)]
+        ahead = np.maximum.accumulate([packet.pts for packet in packets])
+        size = np.mean([packet.size for packet in packets])
+        return dict(
+            codec=stream.codec_context.name,
+            size=[stream.codec_context.width, stream.codec_context.height],
+            fps=float(stream.average_rate),
+            kilobits=round(8 * size * float(stream.average_rate) / 1000),  # a second
+            longest_gop=int(np.diff(keys).max()),
+            b_frames=float(np.mean([p.pts < a for p, a in zip(packets, ahead, strict=True)])),
+        )
+
+
+def measure(path, readers, rounds):
+    """Medians over the same random clips; the readers take turns, in an order that is shuffled."""
+    with common.VideoReader(path) as reader:
+        seconds = reader.duration
+    told = dict(file=Path(path).name, seconds=round(seconds, 1), **describe(path))
+    for rho in (1, 2, 4):
+        rng = np.random.default_rng(rho)
+        spent = {name: [] for name in readers}
+        for _ in range(rounds):
+            starts = rng.uniform(0, max(0.0, seconds - SPAN), rho)
+            times = starts[:, None] + np.arange(FRAMES) * STRIDE / 30
+            for name in rng.permutation(list(readers)):
+                begun = time.process_time()
+                readers[name](path, times)
+                spent[name].append(1000 * (time.process_time() - begun) / rho)
+        ms = {f"{name}_ms": float(np.median(values)) for name, values in spent.items()}
+        both = [ms[name] for name in ms if name.startswith("torchcodec")]
+        if both:
+            ms["ours_to_torchcodec"] = ms["ours_ms"] / min(both)
+        if "decord_ms" in ms:
+            ms["ours_to_decord"] = ms["ours_ms"] / ms["decord_ms"]
+        say("decode", **told, rho=rho, clips=rounds * rho, **ms)
 
 
 # --- memory
@@ -251,7 +293,7 @@ def augment(quick, folder):
     rounds = 3 if quick else 20
     took = seconds_of(lambda: common.augment(views, seeds, color), rounds) / (2 * B)
     cropped = seconds_of(lambda: crop(clip), 10)
-    path = make_video(folder / "a.mp4", n=300, size=(340, 256), draw=moving_texture)
+    path = make_video(folder / "a.mp4", n=300, size=(340, 256), draw=moving_scene)
     read = seconds_of(lambda: common.read_clips(path, [3.0], FRAMES, STRIDE, 256), 5)
     ms = {"color_ms_a_clip": 1000 * took, "crop_ms_a_clip": 1000 * cropped}
     say("augment", device=device.type, **ms, decode_ms_a_clip=1000 * read)
@@ -645,16 +687,21 @@ def main():
     parser.add_argument(
         "--quick", action="store_true", help="small sizes, under 3 minutes on a CPU"
     )
-    parser.add_argument("--videos", help="folder of video files, for loader")
     parser.add_argument("--stride", type=int, default=STRIDE, help="of loader's clips")
     benchmarks = {f.__name__: f for f in (decode, memory, augment, step, compute, loader)}
     parser.add_argument("--only", nargs="+", choices=benchmarks, default=[*benchmarks])
+    parser.add_argument(
+        "--videos", nargs="+", default=[], help="decode: real files or folders; loader: a folder"
+    )
     options = parser.parse_args()
-    how = {"videos": options.videos, "stride": options.stride}
-    benchmarks["loader"] = functools.partial(loader, **how)
+    folder = options.videos[0] if options.videos else ""
+    benchmarks["loader"] = functools.partial(loader, videos=folder, stride=options.stride)
+    benchmarks["decode"] = functools.partial(decode, videos=options.videos)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     cores = len(os.sched_getaffinity(0))
-    say("bench", versions=common.versions(), cores=cores, commit=commit.stdout.strip())
+    processor = cpu_name()
+    versions = common.versions()
+    say("bench", versions=versions, cpu=processor, cores=cores, commit=commit.stdout.strip())
     with tempfile.TemporaryDirectory() as folder:
         for name in options.only:
             benchmarks[name](options.quick, Path(folder))
