@@ -137,6 +137,7 @@ def test_stopped_and_resumed_is_bit_equal(method, ranks, small, tmp_path, capfd)
     another number of workers: the run without a stop."""
     extra = ["--rho", "3", "--epochs", "3", "--log-every", "4"]
     extra += ["--queue", "31"] if method == "moco" else []
+    extra += ["--feature-queue", "7", "--queue-from", "1"] if method == "swav" else []
     extra += ["--workers", "1"] if method == "byol" else []
     whole = [*small, *extra, "--out", str(tmp_path / "whole")]
     run_ranks(ranks, run, method, whole)
