@@ -8,7 +8,8 @@ Idea     Match a query clip to another clip of the same video among many negativ
 Loss     -log(e^s_ij / (e^s_ij + sum over keys n of the queue of e^s_in)), the mean over videos and
          ordered pairs of views i != j; s_ij = cos(q_i, k_j) / temperature; k by the target.
 rho      rho clips of a video are decoded; each goes through both networks; rho (rho - 1) ordered
-         positive pairs; rho keys per video enter the queue. rho = 1: one clip is augmented twice.
+         positive pairs, a softmax each (the paper's eq. (1) sums them inside the log: the same at
+         rho 2); rho keys per video enter the queue. rho = 1: one clip is augmented twice.
 Recipe   torchrun --nproc_per_node=8 moco.py --data kinetics/train
          The released configuration. K400 linear at rho 2, 4: released 66.6, 71.0; paper 65.8, 67.8.
 """
@@ -75,7 +76,6 @@ def sample_clips(duration, clip_seconds, rho, timespan, rng):
 
 def info_nce(q, k, queue, temperature):
     """InfoNCE: each query must pick out the keys of the same video's other views against the queue.
-
     q, k (B, V, D), queue (K, D) of unit length -> the mean over pairs i != j; 0 if K = 0."""
     B, V, _ = q.shape
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
