@@ -7,7 +7,7 @@ Idea     Pull the clips of one video together and push them away from the clips 
 Loss     -log(e^s_ij / (e^s_ij + sum over views n of other videos of e^s_in)), the mean over videos
          and ordered pairs of views i != j; s = cos(z_i, z_j) / temperature.
 rho      rho clips of a video are decoded and encoded; rho (rho - 1) ordered positive pairs. No
-         positive is in the denominator of another (the paper's eq. (1) sums them inside the log: the
+         positive is in the denominator of another (the paper's eq. (1) sums them in the log: the
          same at rho 2). rho = 1: one clip is augmented twice.
 Recipe   torchrun --nproc_per_node=8 simclr.py --data kinetics/train
          The released configuration; BN in the projector is the paper's. K400 linear, released
