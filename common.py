@@ -447,16 +447,19 @@ class VideoReader:
                 if packet is None:
                     return None
                 self._decoder.skip_frame = "NONREF" if self._not_wanted(packet) else "DEFAULT"
-                self._frames += [frame for frame in packet.decode() if frame.pts is not None]
+                decoded = packet.decode()
+                self._frames += [frame for frame in decoded if frame.pts is not None]
+                self._may_skip &= not any(frame.is_corrupt for frame in decoded)
             except av.error.InvalidDataError:  # a damaged packet
-                continue
+                self._may_skip = False
             except IndexError:  # of a stream that begins here, which a new demuxer knows
                 self._packets = self._container.demux(self._stream)
         return self._frames.pop(0)
 
     # A frame that is not wanted and that no other refers to (NONREF) is not decoded, which leaves
     # all others as they are, bit for bit. Only where packets have the time stamps of their frames:
-    # not in an avi, nor with fields, of which a packet may hold one.
+    # not in an avi, nor with fields, of which a packet may hold one. Where data are damaged, all is
+    # decoded if the decoder says so, but the frames after may be concealed in another way.
 
     def _next_packet(self):
         """The next one to decode, None at the end; others are read ahead for their time stamps."""
