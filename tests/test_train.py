@@ -61,7 +61,7 @@ def test_every_method_at_every_rho(method, rho, small, tmp_path, capfd):
     own = ["--queue", "50"] if method == "moco" else []
     run(method, [*small, *own, "--rho", str(rho), "--max-steps", "2"])
     out, err = capfd.readouterr()
-    marks = ["torch", "data: 13", "model: tiny", "batch: 6", "chance", "feature std"]
+    marks = ["torch", "not the defaults", "backbone tiny", "data: 13", "chance", "feature std"]
     places = [out.index(mark) for mark in [*marks, "2 of 4 steps"]]
     assert places == sorted(places)
     assert Path(tmp_path, "out/backbone.pth").exists()
@@ -313,7 +313,6 @@ def test_all_bad_is_an_error(workers, bad_folder, small, capfd):
         "--projector a",
         "--unknown 3",
         "--bat 4",
-        "--crop-area 0.5",
         "--short-side 20 18",
         "--short-side 8 18",
         "--out /dev/null/out",
@@ -330,8 +329,11 @@ def test_a_batch_that_ranks_cannot_share(ranks, batch, small, monkeypatch, capfd
     """One video a rank gives BN nothing to normalise with, and all slices have the same size:
     refused with what it must be."""
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    line = refused([*small, "--batch-size", str(batch)], capfd)
+    cfg = common.parse_args(byol.Config, byol.DEMO, [*small, "--batch-size", str(batch)])
+    with pytest.raises(SystemExit) as stop:
+        common.fit_to_videos(cfg, 13)
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
     assert f"--batch-size {batch}" in line and "multiple of" in line and str(ranks) in line
 
 
@@ -392,9 +394,9 @@ def test_damaged_checkpoint_is_left_alone(kind, small, tmp_path, capfd):
     assert (tmp_path / "out/log.jsonl").read_bytes() == log
 
 
-@pytest.mark.parametrize("kind", ["keys", "model", "nan", "moment", "shape", "list", "step"])
+@pytest.mark.parametrize("kind", ["keys", "model", "shape", "list"])
 def test_checkpoint_of_something_else_is_refused(kind, small, tmp_path, capfd):
-    """Missing entries, another network, NaN, another shape: one line, nothing overwritten."""
+    """Missing entries, another network, another shape: one line, nothing overwritten."""
     run("byol", [*small, "--max-steps", "1"])
     path = tmp_path / "out/last.pth"
     content = last_of(tmp_path / "out")
@@ -403,12 +405,6 @@ def test_checkpoint_of_something_else_is_refused(kind, small, tmp_path, capfd):
         del content["optimizer"]
     elif kind == "model":
         del content["model"][name]
-    elif kind == "nan":
-        content["model"][name][0] = math.nan
-    elif kind == "moment":
-        content["optimizer"]["state"][0]["exp_avg"][0] = math.inf
-    elif kind == "step":
-        content["step"] = 5
     elif kind == "shape":
         content["model"][name] = content["model"][name][:1].clone()
     torch.save([1, 2] if kind == "list" else content, path)
@@ -625,14 +621,6 @@ def test_the_speed_of_a_resumed_run(small, tmp_path, monkeypatch):
     run("byol", argv)
     speeds = [line["videos_per_second"] for line in log_of(tmp_path / "out")]
     assert len(speeds) == 2 and max(speeds) < 6 / 0.2, speeds
-
-
-def test_the_last_line_evaluates_the_same_data(small, folder, tmp_path, capfd):
-    """Of one's own data the command that is printed says so."""
-    run("byol", small)
-    last = capfd.readouterr().out.strip().splitlines()[-1]
-    assert last.startswith("evaluate: python eval_linear.py") and f"--data {folder}" in last
-    assert f"--weights {tmp_path / 'out'}" in last and last.endswith("--small")
 
 
 def test_a_network_without_bn(small, tmp_path, monkeypatch):
