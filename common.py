@@ -534,7 +534,7 @@ def frame_times(starts, frames, stride):
 
 # --- data set
 
-SUFFIXES = ".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .flv .wmv .3gp .ogv"
+SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .flv .wmv .3gp .ogv".split())
 
 
 def find_data(cfg):
@@ -560,37 +560,31 @@ def list_videos(source, split=None):
     `path<TAB>label` lines, # comments), or a csv with a header of path, label, split ("train" takes
     the rows train, "val" the rows val or test). A path is relative to its list."""
     folder, name = os.path.split(source)
-    suffixes = tuple(SUFFIXES.split())
     if os.path.isdir(source):
         folder = source
         found = sorted(glob.iglob("**/*", root_dir=source, recursive=True))
-        videos = [path for path in found if path.lower().endswith(suffixes)]
+        videos = [path for path in found if path.lower().endswith(SUFFIXES)]
         rows = [{"path": path, "label": os.path.dirname(path)} for path in videos]
-    elif name.lower().endswith(suffixes):
+    elif name.lower().endswith(SUFFIXES):
         rows = [{"path": name}]
     else:
-        rows = _read_list(source)
+        try:
+            with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
+                lines = [line for line in file if line.strip() and line[0] != "#"]
+        except OSError as error:
+            fail(f"--data {source}: {error.strerror}")
+        if name.endswith(".csv"):
+            rows = list(csv.DictReader(lines, restval=""))
+        else:
+            columns = ("path", "label")
+            rows = [dict(zip(columns, line.split("\t"), strict=False)) for line in lines]
+    if rows and "path" not in rows[0]:
+        fail(f"{source}: its first line must name the columns path, label, split")
     if split:
         wanted = ["train"] if split == "train" else ["val", "test"]
         rows = [row for row in rows if row.get("split", "train") in wanted]
     paths = [os.path.join(folder, row["path"].strip()) for row in rows]
     return paths, [row.get("label", "").strip() for row in rows]
-
-
-def _read_list(source):
-    """The lines of a list as dicts."""
-    try:
-        with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
-            lines = [line for line in file if line.strip() and line[0] != "#"]
-    except OSError as error:
-        fail(f"--data {source}: {error.strerror}")
-    if not str(source).endswith(".csv"):
-        names = ("path", "label")
-        return [dict(zip(names, line.split("\t"), strict=False)) for line in lines]
-    rows = list(csv.DictReader(lines, restval=""))
-    if rows and "path" not in rows[0]:
-        fail(f"{source}: its first line must name the columns path, label, split")
-    return rows
 
 
 class VideoClips(Dataset):
@@ -613,7 +607,7 @@ class VideoClips(Dataset):
         self.color_on_device = device().type == "cuda"  # a worker must not ask
         paths, labels = videos or list_videos(find_data(cfg)[0], "train")
         if not paths:
-            fail(f"no videos in {cfg.data} (looked for {SUFFIXES})")
+            fail(f"no videos in {cfg.data} (looked for {' '.join(SUFFIXES)})")
         self.classes = sorted(set(labels) - {""})
         self.keep(paths, labels)
         print_main(f"data: {len(paths)} videos, {len(self.classes)} classes")
@@ -659,22 +653,14 @@ class VideoClips(Dataset):
             return {"clips": clips, "seeds": seeds}  # Run does the rest, on the GPU
         return {"clips": augment(clips, seeds, self.color)}
 
-    def read(self, index, short_side, sample):
-        """Clips of a video: sample(duration), which is the starts (n,) or times (n, T) in seconds,
-        as an array, and frames (n, T, H, W, 3) uint8."""
-        with contextlib.closing(self.open(index, short_side)) as reader:
-            starts = np.asarray(sample(reader.duration), float)
-            return starts, _read(reader, starts, self.cfg.frames, self.cfg.stride)
-
     def item(self, index, rng):
         """The dict of one video, as the random numbers of rng say; BadVideo if unreadable."""
         cfg = self.cfg
         short_side = int(rng.integers(*cfg.short_side, endpoint=True))
-
-        def sample(duration):
-            return self.sample_clips(duration, cfg.clip_seconds, cfg.rho, cfg.timespan, rng)
-
-        starts, frames = self.read(index, short_side, sample)
+        with contextlib.closing(self.open(index, short_side)) as reader:
+            settings = reader.duration, cfg.clip_seconds, cfg.rho, cfg.timespan
+            starts = np.asarray(self.sample_clips(*settings, rng), float)
+            frames = _read(reader, starts, cfg.frames, cfg.stride)
         starts = torch.from_numpy(starts).expand(cfg.num_views, *starts.shape[1:])
         item = {"label": int(self.labels[index]), "index": index, "starts": starts}
         return item | self.views(frames, rng)
@@ -1136,19 +1122,19 @@ class TestClips(Dataset):
         return len(self.indices)
 
     def __getitem__(self, i):
-        index = int(self.indices[i])
+        index, cfg = int(self.indices[i]), self.dataset.cfg
         try:
-            _, frames = self.dataset.read(index, self.size, self.starts)
+            with contextlib.closing(self.dataset.open(index, self.size)) as reader:
+                if callable(self.clips):
+                    starts = self.clips(reader.duration)
+                else:
+                    room = max(0, reader.duration - cfg.clip_seconds)
+                    starts = np.arange(self.clips) / self.clips * room
+                frames = _read(reader, starts, cfg.frames, cfg.stride)
         except BadVideo as error:
             return {"index": index, "bad": str(error)}
         clips = cut_squares(torch.from_numpy(frames), self.size, self.crops)
         return {"clips": clips, "index": index, "bad": ""}
-
-    def starts(self, duration):
-        if callable(self.clips):
-            return self.clips(duration)
-        room = max(0, duration - self.dataset.cfg.clip_seconds)
-        return np.arange(self.clips) / self.clips * room
 
 
 def extract_features(network, test_clips, allow_missing=False):
@@ -1223,10 +1209,9 @@ class Run:
         self.step = 0
         self.losses = []  # of each step since the last line of the log
         self.bad_videos = []  # why each cannot be read
-        self.lines = []  # of the log
         self.log_bytes = 0
         self.waited = 0.0  # seconds, for data
-        self.warned = set()
+        self.in_a_row = collections.Counter()  # lines of the log with the same warning
         self.stop_asked = False
         self.out = Path(cfg.out)
         self.resume(self.out / "last.pth")
@@ -1368,9 +1353,7 @@ class Run:
             self.append(json.dumps(line) + "\n")
         print_main(ROW.format(knn=line.get("knn_top1", "-"), **line))
         self.bar.set_postfix_str(f"loss {line['loss']:.4f}", refresh=False)
-        self.lines.append(line)
-        if len(self.lines) > 2:
-            self.diagnose()
+        self.diagnose(line)
         self.losses, self.waited = [], 0.0
         self.since, self.logged = time.monotonic(), self.step
 
@@ -1382,22 +1365,22 @@ class Run:
         except OSError as error:
             fail(f"cannot write log.jsonl in {self.out}: {error.strerror}", code=1)
 
-    def diagnose(self):
-        """Say once, in words, what looks wrong in the last lines of the log."""
-        cfg, lines, words = self.cfg, self.lines[-15:], set()
+    def diagnose(self, line):
+        """Say in words what has looked wrong for some lines of the log in a row."""
+        cfg = self.cfg
         trained = cfg.num_views > 1 and self.step > cfg.warmup * self.total
-        at_chance = min(line["loss"] for line in lines) > 0.98 * self.chance
-        if trained and max(line["feature_std"] for line in lines[-3:]) < 0.2:
-            words.add("collapsed: all videos get the same features")
-        if trained and at_chance and len(lines) == 15:
-            words.add("the loss stays at chance")
-        if min(line["data_wait"] for line in lines[-3:]) > 0.3:
-            words.add("waiting for data: more --workers or smaller videos help")
-        if cfg.rho > 1 and max(line["clip_distance"] for line in lines[-3:]) == 0:
-            words.add("the clips of a video start at the same time: a smaller --stride helps")
-        for what in words - self.warned:
-            print_main(f"WARN {what} (README: is my loss normal?)")
-        self.warned |= words
+        collapsed = trained and line["feature_std"] < 0.2
+        at_chance = trained and line["loss"] > 0.98 * self.chance
+        same = cfg.rho > 1 and line["clip_distance"] == 0
+        for wrong, lines, what in (
+            (collapsed, 3, "collapsed: all videos get the same features"),
+            (at_chance, 15, "the loss stays at chance"),
+            (line["data_wait"] > 0.3, 3, "waiting for data: more --workers or smaller videos help"),
+            (same, 3, "the clips of a video start at the same time: a smaller --stride helps"),
+        ):
+            self.in_a_row[what] = self.in_a_row[what] + 1 if wrong else 0
+            if self.in_a_row[what] == lines:
+                print_main(f"WARN {what} (README: is my loss normal?)")
 
     def measure_knn(self):
         """kNN accuracy of the backbone, in percent, on every fifth of up to 5000 training videos
@@ -1408,8 +1391,8 @@ class Run:
         network.train()
         features, labels = features.mean(1), torch.from_numpy(self.dataset.labels)[indices]
         query = torch.arange(len(indices)) % 5 == 0
-        bank = features[~query], labels[~query]
-        return round(knn_accuracy(*bank, features[query], labels[query]), 2)
+        bank, bank_labels = features[~query], labels[~query]
+        return round(knn_accuracy(bank, bank_labels, features[query], labels[query]), 2)
 
     def settings(self):
         """What must be the same when a run goes on: {name: value}."""

@@ -2,7 +2,6 @@
 exit code 2, before any work, or does what its test says."""
 
 import copy
-import math
 import os
 import shutil
 import tempfile
