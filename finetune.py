@@ -1,12 +1,11 @@
 """Fine-tuning: all layers are trained on labelled videos, from pre-trained weights or from scratch.
 
 Measures Top-1 and top-5 accuracy, or mean average precision where a video has several actions.
-Protocol Feichtenhofer et al., 2021 (arXiv 2104.14558), sections 4 and B: one random clip per video
-         and epoch; tested on the mean softmax of 10 clips x 3 crops, after the last epoch.
-         --recipe released: the settings of the released code (SlowFast at commit 287ec00).
+Protocol Feichtenhofer et al., 2021 (arXiv 2104.14558), sections 4 and B: train on one random clip
+         per video and epoch, then test on 10 clips x 3 crops. --recipe released: the settings of
+         the released code (SlowFast at commit 287ec00).
 Data     folder, kinetics: class folders in train/ and val/, or lists with labels, --data and --val.
          The others: the official files, and the videos anywhere in --data, whatever their endings.
-Scratch  Without --weights: the supervised baseline. Its backbone.pth feeds the other scripts.
 Differs  From the released code: BN statistics are of all ranks; frames are 8/30 s apart, not 9/30
          (ucf101) or 8 frames whatever the rate (charades); short sides are uniform. ssv2: RGB and
          the centre crop, not BGR and the left one. ava: trained on annotated boxes alone.
@@ -29,7 +28,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import default_collate
 from torchvision.ops import box_iou, roi_align
-from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes
 
 import common
@@ -44,24 +42,20 @@ SETTINGS = {
     "folder": {},  # as in Config
     "ucf101": {},
     "hmdb51": {},
-    # of the released Kinetics/SLOW_8x8_R50
     "kinetics": dict(epochs=196, lr=0.1, lr_steps=(), warmup=34 / 196, recipe="released")
-    | dict(weight_decay=1e-4, dropout=0.5),
-    "ssv2": dict(epochs=22, lr=0.12, lr_steps=(14 / 22, 18 / 22), augment="crop")
-    | dict(test_clips=1, test_crops=1)
-    | dict(warmup=0.19 / 22, weight_decay=1e-6, dropout=0.5),  # released
+    | dict(weight_decay=1e-4, dropout=0.5),  # all of the released Kinetics/SLOW_8x8_R50
+    "ssv2": dict(epochs=22, lr=0.12, lr_steps=(14 / 22, 18 / 22), test_clips=1, test_crops=1)
+    | dict(augment="crop", warmup=0.19 / 22, weight_decay=1e-6, dropout=0.5),  # released but crop
     "charades": dict(epochs=60, lr=0.2, lr_steps=(40 / 60, 50 / 60), warmup=5 / 60)
-    | dict(frames=16, stride=8)
-    | dict(weight_decay=1e-4, dropout=0.5),  # released
+    | dict(frames=16, stride=8, weight_decay=1e-4, dropout=0.5),  # the last two: released
     "ava": dict(epochs=32, lr=0.3, lr_steps=(0.5, 0.75, 0.875))
     | dict(warmup=5.3 / 32, weight_decay=1e-7, dropout=0.5),  # released
 }
 TINTED = dict(lr=0.01, lr_steps=(), augment="crop,flip,tint")
-RELEASED = {
+RELEASED = {  # charades: SLOWFAST_16x8_R50, lr 0.0375 per 16 videos; its warm-up is unverified
     "folder": TINTED,  # here: no config was released for a folder and hmdb51
     "ucf101": TINTED,
     "hmdb51": TINTED,
-    # Charades/SLOWFAST_16x8_R50, lr 0.0375 per 16 videos; its warm-up is unverified
     "charades": dict(epochs=57, lr=0.15, lr_steps=(41 / 57, 49 / 57), warmup=4 / 57),
     "ava": dict(box_score=0.9),
 }
@@ -69,7 +63,7 @@ RELEASED = {
 
 @dataclass
 class Config(eval_linear.Evaluation):  # the paper's numbers for UCF101 and HMDB51
-    dataset: str = arg("folder", "the data set", choices=tuple(SETTINGS))
+    dataset: str = arg("folder", "the data set", choices=SETTINGS)
     recipe: str = arg("paper", "whose settings", choices=("paper", "released"))
     split: int = arg(1, "of ucf101 and hmdb51: 1, 2 or 3")
     boxes: str = arg("", "ava: csv of detected boxes to test on; none: the annotated ones")
@@ -85,14 +79,12 @@ class Config(eval_linear.Evaluation):  # the paper's numbers for UCF101 and HMDB
 
 
 # here: what learns in seconds on a CPU
-DEMO = dict(backbone="tiny", stride=4, size=32, test_clips=4, test_crops=1, dropout=0.0, epochs=40)
-DEMO |= dict(batch_size=40, optimizer="adamw", lr=0.0048, warmup=0.075, weight_decay=1e-4)
-DEMO |= dict(lr_steps=())
+DEMO = dict(backbone="tiny", stride=4, size=32, test_clips=4, test_crops=1, dropout=0, warmup=0.075)
+DEMO |= dict(epochs=40, batch_size=40, optimizer="adamw", lr=4.8e-3, lr_steps=(), weight_decay=1e-4)
 
 
 def use_settings(cfg, weights):
-    """Apply the settings of the data set and the recipe where no flag was given; weights: the
-    settings of the run that trained them."""
+    """Apply the settings of data set and recipe where no flag is given; weights: of their run."""
     if cfg.dataset in PARSERS and (cfg.val or not cfg.data):
         common.fail(f"--dataset {cfg.dataset} needs --data, has no demo and takes no --val")
     settings = dict(SETTINGS[cfg.dataset])
@@ -110,8 +102,10 @@ def use_settings(cfg, weights):
     if max(cfg.lr_steps, default=0) >= 1:
         common.fail(f"--lr-steps {cfg.lr_steps}: shares of the run, below 1")
     if weights.get("script") == "moco" and cfg.sync_bn:
-        words = "--no-sync-bn (ucf101: and --weight-decay 1e-4 --dropout 0.5)"
-        common.print_main(f"after MoCo the released configs have {words}")
+        common.print_main(
+            "after MoCo the released configs have --no-sync-bn "
+            "(ucf101: and --weight-decay 1e-4 --dropout 0.5)"
+        )
 
 
 # --- data sets
@@ -120,8 +114,7 @@ def use_settings(cfg, weights):
 def segments(cfg, duration, clip_seconds=0, rho=1, timespan=None, rng=None):
     """Seconds of frames, one in each of T equal parts of the video: random ones (rho, T), or of n
     test clips, without rng, 1/2n, 3/2n, ... into each part, (n, T) (released ssv2.py, line 159)."""
-    n = cfg.test_clips
-    shares = (np.arange(n)[:, None] + 0.5) / n
+    shares = (np.arange(cfg.test_clips)[:, None] + 0.5) / cfg.test_clips
     if rng is not None:
         shares = rng.random((rho, cfg.frames))
     return (np.arange(cfg.frames) + shares) * duration / cfg.frames
@@ -129,10 +122,10 @@ def segments(cfg, duration, clip_seconds=0, rho=1, timespan=None, rng=None):
 
 def official_files(cfg, pattern):
     """Files in --data, at any depth, whose name fits a pattern; ends the process without one."""
-    paths = glob.glob(f"{glob.escape(cfg.data)}/**/{pattern}", recursive=True)
+    paths = glob.glob(f"**/{pattern}", root_dir=cfg.data, recursive=True)
     if not paths:
         common.fail(f"--data {cfg.data} has no {pattern} ({cfg.dataset})")
-    return [Path(path) for path in sorted(paths)]
+    return [Path(cfg.data, path) for path in sorted(paths)]
 
 
 def official(cfg, pattern):
@@ -157,12 +150,11 @@ def hmdb51(cfg, part):
             name, _, use = line.strip().rpartition(" ")
             if use == wanted:
                 found[f"{label}/{name}"] = label
-    return list(found.items())
+    return found.items()
 
 
 def ssv2(cfg, part):
-    """something-something-v2-train.json or train.json, and so on: [{"id", "template"}]; the class
-    is the template without its [brackets]."""
+    """train.json, validation.json: [{"id", "template"}]; a class is a template without brackets."""
     name = "train" if part == "train" else "validation"
     found = []
     for entry in json.loads(official(cfg, f"*{name}.json")):
@@ -191,19 +183,21 @@ def ava(cfg, part):
     name = "train" if part == "train" else "val"
     people = read_people(official(cfg, f"ava_{name}_v2.2.csv"))
     found = people
-    if part == "test" and cfg.boxes:
-        found = read_people(Path(cfg.boxes).read_text(), cfg.box_score)
-    keys = found | people
+    excluded = []
     if part == "test":
-        for line in official(cfg, "ava_val_excluded_timestamps_v2.2.csv").split():
-            film, second = line.split(",")
-            keys.pop((film, int(second)), None)
+        excluded = official(cfg, "ava_val_excluded_timestamps_v2.2.csv").split()
+        if cfg.boxes:
+            found = read_people(Path(cfg.boxes).read_text(), cfg.box_score)
+    keys = found | people
+    for line in excluded:  # `film,second`
+        film, second = line.split(",")
+        keys.pop((film, int(second)), None)
     nobody = np.zeros((0, 4)), np.zeros((0, 80), bool)
     notes = []
-    for film, second in keys:
-        boxes, _ = found.get((film, second), nobody)
-        note = second, boxes, *people.get((film, second), nobody)
-        notes.append((f"{film}.mp4", note))
+    for key in keys:
+        film, second = key
+        boxes, _ = found.get(key, nobody)
+        notes.append((f"{film}.mp4", (second, boxes, *people.get(key, nobody))))
     return notes
 
 
@@ -254,8 +248,10 @@ def listed_videos(cfg, part):
     there = {Path(path).with_suffix("").parts[-len(keys[0]) :]: path for path in paths}
     lost = [key for key in keys if key not in there]
     if lost and part == "test" and not cfg.allow_missing:
-        words = f"{len(lost)} of {len(keys)} test videos are not in {cfg.data}: {lost[0][-1]} ..."
-        common.fail(f"{words}; --allow-missing leaves such videos out")
+        common.fail(
+            f"{len(lost)} of {len(keys)} test videos are not in {cfg.data}: {lost[0][-1]} ...; "
+            "--allow-missing leaves such videos out"
+        )
     return [there.get(key, Path(cfg.data, *key)) for key in keys], notes
 
 
@@ -287,17 +283,15 @@ class Charades(Annotated):
 
 
 class AVA(Annotated):
-    """Clips with a key frame in the middle, boxes of the M people in it, (M, 4) in pixels, which
-    follow crop and flip, and their targets (M, 80)."""
+    """Clips around key frames, boxes (M, 4) in pixels of the M people, and targets (M, 80)."""
 
     def target(self, index):
-        *_, labels = self.notes[index]
-        return torch.from_numpy(labels).float()
+        return torch.from_numpy(self.notes[index][3]).float()
 
     def whole(self, index, short_side):
         """Whole pictures (T, 3, H, W) uint8 and boxes (M, 4) in pixels. A video of less than 20
         minutes is a cut of the film, from 900 s on (released ava_helper.py, line 121)."""
-        second, boxes, _, _ = self.notes[index]
+        second, boxes, *_ = self.notes[index]
         frames = np.arange(self.cfg.frames) - self.cfg.frames / 2
         with contextlib.closing(self.open(index, short_side)) as reader:
             if reader.duration < 1200:
@@ -309,10 +303,10 @@ class AVA(Annotated):
         return clip, BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
 
     def item(self, index, rng):
-        clip, boxes = self.whole(index, int(rng.integers(*self.cfg.short_side, endpoint=True)))
+        short_side = int(rng.integers(*self.cfg.short_side, endpoint=True))
         torch.default_generator.manual_seed(int(rng.integers(2**62)))  # the transforms draw from it
-        clip, boxes = self.crop(clip, boxes)
-        clip, boxes = self.color(v2.functional.to_dtype(clip, scale=True), boxes)
+        clip, boxes = self.crop(*self.whole(index, short_side))
+        clip, boxes = self.color(clip / 255, boxes)
         return {
             "clips": common.normalize(clip).transpose(0, 1)[None],  # (1, 3, T, S, S)
             "boxes": boxes,
@@ -323,14 +317,10 @@ class AVA(Annotated):
 
     @staticmethod
     def collate(items):
-        """The people of all clips in a row: boxes (K, 5), of which the first number is the clip's
-        row in the batch, and target (K, 80)."""
+        """People of all clips: boxes (K, 5), each with its clip's row, and their target (K, 80)."""
         boxes = [F.pad(item.pop("boxes"), (1, 0), value=i) for i, item in enumerate(items)]
         target = [item.pop("target") for item in items]
-        batch = default_collate(items)
-        batch["boxes"] = torch.cat(boxes)
-        batch["target"] = torch.cat(target)
-        return batch
+        return default_collate(items) | {"boxes": torch.cat(boxes), "target": torch.cat(target)}
 
 
 class WholeClips(common.TestClips):
@@ -341,8 +331,12 @@ class WholeClips(common.TestClips):
             clip, boxes = self.dataset.whole(index, self.size)
         except common.BadVideo as error:
             return {"index": index, "bad": str(error)}
-        clips = clip.transpose(0, 1)[None]
-        return {"clips": clips, "more": [F.pad(boxes, (1, 0))], "index": index, "bad": ""}
+        return {
+            "clips": clip.transpose(0, 1)[None],
+            "more": [F.pad(boxes, (1, 0))],  # all of clip 0
+            "index": index,
+            "bad": "",
+        }
 
 
 # --- method
@@ -372,10 +366,18 @@ class Detector(Classifier):
 
     def __init__(self, cfg, classes):
         super().__init__(cfg, classes)
-        dilate(self.encoder.backbone)
+        last = self.encoder.backbone[-1].modules()
+        convolutions = [module for module in last if isinstance(module, nn.Conv3d)]
+        if all(conv.stride[2] == 1 for conv in convolutions):
+            return
+        for conv in convolutions:  # finer maps: 3x3 convolutions dilated by 2, without stride
+            conv.stride = (conv.stride[0], 1, 1)
+            if conv.kernel_size[2] == 3:
+                conv.dilation = (1, 2, 2)
+                conv.padding = (conv.padding[0], 2, 2)
 
     def forward(self, clips, boxes):
-        """(B, 1, 3, T, H, W), boxes (K, 5), row of the clip and corners in pixels -> features
+        """Clips (B, 1, 3, T, H, W), boxes (K, 5): row of the clip, corners in pixels -> features
         (B, 1, D), scores of the classes for each box (K, classes), float32."""
         stages = nn.Sequential(*self.encoder.backbone)  # without the average at the end
         maps = common.encode_views(stages, clips, self.low_memory)  # (B, 1, D, T, H, W)
@@ -383,18 +385,6 @@ class Detector(Classifier):
         scale = 2.0 ** round(math.log2(maps.shape[-1] / clips.shape[-1]))  # 1/16 in slow_r50
         parts = roi_align(maps, boxes, 7, scale, sampling_ratio=0, aligned=True)  # (K, D, 7, 7)
         return maps.mean((2, 3))[:, None], self.classify(parts.amax((2, 3)))
-
-
-def dilate(backbone):
-    """Keep the last stage's map as fine as its input: no stride, 3x3 convolutions dilated by 2."""
-    convolutions = [m for m in backbone[-1].modules() if isinstance(m, nn.Conv3d)]
-    if all(conv.stride[2] == 1 for conv in convolutions):
-        return
-    for conv in convolutions:
-        conv.stride = (conv.stride[0], 1, 1)
-        if conv.kernel_size[2] == 3:
-            conv.dilation = (1, 2, 2)
-            conv.padding = (conv.padding[0], 2, 2)
 
 
 def chance_level(dataset):
@@ -409,14 +399,9 @@ def chance_level(dataset):
 # --- testing
 
 
-def average_precision(scores, positive, total=None, best=False):
-    """Average precision of scores (n,), of which some are positive (n,); tied scores share one
-    threshold. total: positives to be found, by default those here; best: precision is the best at
-    this recall or more. NaN if there are no positives."""
-    if total is None:
-        total = positive.sum()
-    if total == 0:
-        return math.nan
+def average_precision(scores, positive, total, best=False):
+    """Average precision of scores (n,), of which some are positive (n,), of a total to be found;
+    tied scores share one threshold. best: precision is the best at this recall or more."""
     _, rank = np.unique(-scores, return_inverse=True)  # (n,), equal where scores are
     hits = np.bincount(rank, positive)
     precision = hits.cumsum() / np.bincount(rank).cumsum()
@@ -425,64 +410,59 @@ def average_precision(scores, positive, total=None, best=False):
     return hits @ precision / total
 
 
-def match_detections(boxes, scores, people, labels):
-    """Which scores (k, classes) of boxes (k, 4) are right, (k, classes) bool, given people (m, 4)
-    and their labels (m, classes) bool: by falling score, a box is right about a class if, of the
-    people with the class, the one that it overlaps most, at IoU 0.5 or more, is free."""
-    right = np.zeros(scores.shape, bool)
-    overlap = box_iou(torch.as_tensor(boxes), torch.as_tensor(people)).numpy()  # (k, m)
-    for c in np.flatnonzero(labels.any(0)):
-        iou = overlap[:, labels[:, c]]
-        order = np.argsort(-scores[:, c], kind="stable")
-        order = order[iou[order].max(1) >= 0.5]
-        _, first = np.unique(iou[order].argmax(1), return_index=True)  # of each person's boxes
-        right[order[first], c] = True
-    return right
-
-
-def frame_precisions(frames):
-    """Average precision at IoU 0.5 of each class, NaN where nobody has it; of frames (boxes,
-    scores, people, labels), see match_detections."""
-    _, scores, _, labels = zip(*frames, strict=True)
-    right = [match_detections(*frame) for frame in frames]
-    totals = np.concatenate(labels).sum(0)
-    columns = zip(np.concatenate(scores).T, np.concatenate(right).T, totals, strict=True)
-    return [average_precision(*column, best=True) for column in columns]
-
-
-def mean_precision(precisions):
-    """In percent, over the classes that occur, of {class: precision}; that of another is NaN."""
-    found = {name: 100 * v for name, v in precisions.items() if not math.isnan(v)}
-    mean = round(sum(found.values()) / len(found), 2) if found else None
+def mean_precision(classes, scores, positive, totals, best=False):
+    """Mean average precision, percent, of scores (n, C), over classes {column: name} that occur."""
+    found = {}
+    for c, name in classes.items():
+        if totals[c] > 0:
+            found[name] = 100 * average_precision(scores[:, c], positive[:, c], totals[c], best)
+    mean = None
+    if found:
+        mean = round(sum(found.values()) / len(found), 2)
     return {"map": mean, "per_class": {name: round(value, 2) for name, value in found.items()}}
+
+
+def match_detections(frames):
+    """Of frames (boxes (k, 4), scores (k, C), people (m, 4), labels (m, C)): all scores (n, C),
+    which are right (n, C), and how many people have a class (C,). By falling score, a box is right
+    about a class if, of its people, the one it overlaps most, at IoU 0.5 or more, is free."""
+    found = []
+    for boxes, scores, people, labels in frames:
+        right = np.zeros(scores.shape, bool)
+        overlap = box_iou(torch.as_tensor(boxes), torch.as_tensor(people)).numpy()  # (k, m)
+        for c in np.flatnonzero(labels.any(0)):
+            iou = overlap[:, labels[:, c]]
+            order = np.argsort(-scores[:, c], kind="stable")
+            order = order[iou[order].max(1) >= 0.5]
+            _, first = np.unique(iou[order].argmax(1), return_index=True)  # of each person's boxes
+            right[order[first], c] = True
+        found.append((scores, right, labels.sum(0)))
+    scores, right, totals = zip(*found, strict=True)
+    return np.concatenate(scores), np.concatenate(right), sum(totals)
 
 
 def test_classes(cfg, model, views):
     """Top 1 and top 5, of the mean softmax over views."""
     scores, labels = eval_linear.labelled_outputs(model.softmax, views, cfg.allow_missing)
-    classes = views.dataset.classes
-    result = eval_linear.accuracies(scores, labels, classes)
-    return result, len(scores), len(classes)
+    result = eval_linear.accuracies(scores, labels, views.dataset.classes)
+    return result, len(scores), len(views.dataset.classes)
 
 
 def test_charades(cfg, model, views):
     """Mean average precision, of the largest sigmoid over views."""
-
-    def largest(views):  # (views, 3, T, S, S)
-        _, scores = model(views[:, None])
-        return scores.sigmoid().amax(0)
-
-    scores, indices = common.extract_features(largest, views, cfg.allow_missing)
-    labels = torch.stack([views.dataset.target(index) for index in indices])
-    columns = zip(scores.numpy().T, labels.numpy().T, strict=True)
-    precisions = {f"c{i:03d}": average_precision(*column) for i, column in enumerate(columns)}
-    return mean_precision(precisions), len(scores), 157
+    scores, indices = common.extract_features(
+        lambda clips: model(clips[:, None])[1].sigmoid().amax(0), views, cfg.allow_missing
+    )
+    labels = torch.stack([views.dataset.target(index) for index in indices]).numpy()
+    classes = {c: f"c{c:03d}" for c in range(157)}
+    result = mean_precision(classes, scores.numpy(), labels, labels.sum(0))
+    return result, len(scores), len(classes)
 
 
 def test_ava(cfg, model, views):
     """Mean frame precision over the key frames that can be read."""
     notes = views.dataset.notes
-    most = max(len(boxes) for _, boxes, _, _ in notes)
+    most = max(len(note[1]) for note in notes)
 
     def sigmoid(clips, boxes):  # (1, 3, T, H, W), (k, 5)
         _, scores = model(clips[None], boxes)
@@ -490,12 +470,11 @@ def test_ava(cfg, model, views):
 
     scores, indices = common.extract_features(sigmoid, views, cfg.allow_missing)
     frames = []
-    for index, rows in zip(indices.tolist(), scores.numpy(), strict=True):
+    for index, rows in zip(indices, scores.numpy(), strict=True):
         _, boxes, people, labels = notes[index]
         frames.append((boxes, rows[: len(boxes)], people, labels))
-    precisions = frame_precisions(frames)
     classes = ava_classes(cfg)
-    result = mean_precision({name: precisions[number] for number, name in classes.items()})
+    result = mean_precision(classes, *match_detections(frames), best=True)
     return result, len(scores), len(classes)
 
 
@@ -533,7 +512,7 @@ def build(cfg):
         train = listed_videos(cfg, "train")
         tested = listed_videos(cfg, "test")
     if cfg.dataset == "ava":
-        views = WholeClips(AVA(cfg, *tested), clips=1, size=cfg.test_size)
+        views = WholeClips(AVA(cfg, *tested), 1, 1, cfg.test_size)
         return AVA(cfg, *train), views, Detector(cfg, 80), test_ava
     if cfg.dataset == "charades":
         views = common.TestClips(Charades(cfg, *tested), clips, cfg.test_crops, cfg.test_size)
@@ -553,7 +532,7 @@ def build(cfg):
 
 def main(argv=None):
     cfg = common.parse_args(Config, DEMO, argv)
-    use_settings(cfg, weights=eval_linear.fill_settings(cfg))
+    use_settings(cfg, eval_linear.fill_settings(cfg))
     common.init_distributed(cfg)
     dataset, views, model, test = build(cfg)
     common.fit_to_videos(cfg, len(dataset))

@@ -285,15 +285,17 @@ def test_average_precision(levels):
             chosen = positive[scores >= threshold]
             expected += (chosen.sum() / positive.sum() - recall) * chosen.mean()
             recall = chosen.sum() / positive.sum()
-        ours = finetune.average_precision(scores, positive)
+        ours = finetune.average_precision(scores, positive, positive.sum())
         assert ours == pytest.approx(expected, abs=1e-12)
         assert ours == pytest.approx(average_precision_score(positive, scores), abs=1e-12)
-    assert np.isnan(finetune.average_precision(scores, positive & False))
 
 
 def test_map_is_over_the_classes_that_occur():
-    """A class without positives is no 0 in the mean."""
-    numbers = finetune.mean_precision({"a": 1.0, "b": float("nan"), "c": 0.5})
+    """A class without positives is no 0 in the mean, a column without a name is not in it."""
+    scores = np.tile([[0.9], [0.8]], 4)
+    positive = np.array([[1, 0, 0, 1], [0, 0, 1, 1]])
+    classes = {0: "a", 1: "b", 2: "c"}
+    numbers = finetune.mean_precision(classes, scores, positive, positive.sum(0))
     assert numbers == {"map": 75.0, "per_class": {"a": 100.0, "c": 50.0}}
 
 
@@ -579,6 +581,12 @@ BOX, FAR = [0.0, 0.0, 0.4, 0.4], [0.5, 0.5, 0.9, 0.9]
 HALF, LESS = [0.0, 0.0, 0.4, 0.2], [0.0, 0.0, 0.4, 0.19]  # of BOX, at IoU 0.5 and 0.475
 
 
+def frame_precisions(frames, classes):
+    """Average precision at IoU 0.5 in percent, {name: value}, of the classes that occur."""
+    matches = finetune.match_detections(frames)
+    return finetune.mean_precision(classes, *matches, best=True)["per_class"]
+
+
 @pytest.mark.parametrize(
     "detections, people, expected",
     [
@@ -601,13 +609,15 @@ HALF, LESS = [0.0, 0.0, 0.4, 0.2], [0.0, 0.0, 0.4, 0.19]  # of BOX, at IoU 0.5 a
     ],
 )
 def test_frame_precision_by_hand(detections, people, expected):
-    """Average precision at IoU 0.5 of one class; another class of the same boxes has nobody."""
+    """Average precision at IoU 0.5 of one class; another class of the same boxes has nobody.
+
+    What is expected is NaN where nobody has the class."""
     boxes = np.array([box for box, _ in detections]).reshape(-1, 4)
     scores = np.array([[score, score] for _, score in detections]).reshape(-1, 2)
     marks = np.array([[True, False] for _ in people], bool).reshape(-1, 2)
     frame = boxes, scores, np.array(people).reshape(-1, 4), marks
-    first, other = finetune.frame_precisions([frame])
-    assert first == pytest.approx(expected, nan_ok=True) and np.isnan(other)
+    found = frame_precisions([frame], {0: "first", 1: "other"})
+    assert found == ({} if math.isnan(expected) else {"first": round(100 * expected, 2)})
 
 
 def test_frame_precision_is_over_all_frames():
@@ -618,7 +628,7 @@ def test_frame_precision_is_over_all_frames():
     frames += [(np.array([BOX]), np.array([[0.8]]), *nobody)]
     frames += [(np.array([FAR]), np.array([[0.7]]), np.array([FAR]), yes)]
     frames += [(np.zeros((0, 4)), np.zeros((0, 1)), np.array([FAR]), yes)]
-    assert finetune.frame_precisions(frames) == pytest.approx([(1 + 2 / 3) / 3])
+    assert frame_precisions(frames, {0: "stand"}) == {"stand": round(100 * (1 + 2 / 3) / 3, 2)}
 
 
 AVA = "--size 32 --epochs 20 --dropout 0 --batch-size 6 --lr 0.06".split()
@@ -732,7 +742,9 @@ def test_lists_that_lie_there_twice(hmdb51, argv):
 
 def test_no_precision_is_no_number():
     """mAP over no class is none, not 0."""
-    assert finetune.mean_precision({"a": math.nan, "b": math.nan}) == {"map": None, "per_class": {}}
+    nothing = np.zeros((3, 2))
+    numbers = finetune.mean_precision({0: "a", 1: "b"}, nothing, nothing, [0, 0])
+    assert numbers == {"map": None, "per_class": {}}
 
 
 def test_flags_that_do_not_go_with_a_data_set(argv, tmp_path, capfd):
