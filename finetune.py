@@ -45,7 +45,7 @@ SETTINGS = {
     "kinetics": dict(epochs=196, lr=0.1, lr_steps=(), warmup=34 / 196, recipe="released")
     | dict(weight_decay=1e-4, dropout=0.5),  # all of the released Kinetics/SLOW_8x8_R50
     "ssv2": dict(epochs=22, lr=0.12, lr_steps=(14 / 22, 18 / 22), test_clips=1, test_crops=1)
-    | dict(augment="crop", warmup=0.19 / 22, weight_decay=1e-6, dropout=0.5),  # released but crop
+    | dict(augment="crop", warmup=0.19 / 22, weight_decay=1e-6, dropout=0.5),  # released (not crop)
     "charades": dict(epochs=60, lr=0.2, lr_steps=(40 / 60, 50 / 60), warmup=5 / 60)
     | dict(frames=16, stride=8, weight_decay=1e-4, dropout=0.5),  # the last two: released
     "ava": dict(epochs=32, lr=0.3, lr_steps=(0.5, 0.75, 0.875))
@@ -84,7 +84,7 @@ DEMO |= dict(epochs=40, batch_size=40, optimizer="adamw", lr=4.8e-3, lr_steps=()
 
 
 def use_settings(cfg, weights):
-    """Apply the settings of data set and recipe where no flag is given; weights: of their run."""
+    """Set what no flag sets, by data set and recipe; weights: settings of their training."""
     if cfg.dataset in PARSERS and (cfg.val or not cfg.data):
         common.fail(f"--dataset {cfg.dataset} needs --data, has no demo and takes no --val")
     settings = dict(SETTINGS[cfg.dataset])
@@ -252,7 +252,7 @@ def listed_videos(cfg, part):
             f"{len(lost)} of {len(keys)} test videos are not in {cfg.data}: {lost[0][-1]} ...; "
             "--allow-missing leaves such videos out"
         )
-    return [there.get(key, Path(cfg.data, *key)) for key in keys], notes
+    return [there.get(key, "/".join((cfg.data, *key))) for key in keys], notes
 
 
 class Annotated(common.VideoClips):
@@ -306,7 +306,7 @@ class AVA(Annotated):
         short_side = int(rng.integers(*self.cfg.short_side, endpoint=True))
         torch.default_generator.manual_seed(int(rng.integers(2**62)))  # the transforms draw from it
         clip, boxes = self.crop(*self.whole(index, short_side))
-        clip, boxes = self.color(clip / 255, boxes)
+        clip, boxes = self.color(clip * (1 / 255), boxes)
         return {
             "clips": common.normalize(clip).transpose(0, 1)[None],  # (1, 3, T, S, S)
             "boxes": boxes,
@@ -333,7 +333,7 @@ class WholeClips(common.TestClips):
             return {"index": index, "bad": str(error)}
         return {
             "clips": clip.transpose(0, 1)[None],
-            "more": [F.pad(boxes, (1, 0))],  # all of clip 0
+            "more": [F.pad(boxes, (1, 0))],  # column 0: the clip's row, 0
             "index": index,
             "bad": "",
         }
