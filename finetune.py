@@ -1,16 +1,11 @@
 """Fine-tuning: all layers are trained on labelled videos, from pre-trained weights or from scratch.
 
-Measures What a backbone classifies correctly after supervised training: top-1 and top-5 accuracy,
-         or mean average precision where a video has several actions.
-Protocol Feichtenhofer et al., 2021 (arXiv 2104.14558), sections 4 and B: one random clip per video
-         and epoch; tested on the mean softmax of 10 clips x 3 crops, after the last epoch. SETTINGS
-         in the file says whose the numbers of a data set are; --recipe released takes the released
-         code's (SlowFast at commit 287ec00) for ucf101, hmdb51, charades and ava.
+Measures Top-1 and top-5 accuracy, or mean average precision where a video has several actions.
+Protocol Feichtenhofer et al., 2021 (arXiv 2104.14558), sections 4 and B: train on one random clip
+         per video and epoch, then test on 10 clips x 3 crops. --recipe released: the settings of
+         the released code (SlowFast at commit 287ec00).
 Data     folder, kinetics: class folders in train/ and val/, or lists with labels, --data and --val.
-         The others: the official files, and the videos anywhere in --data, whatever their names end
-         in. ssv2: a frame from each of T equal parts of a video. charades: 157 sigmoids, the
-         maximum over views. ava: 80 sigmoids for each person's box; frame mAP at IoU 0.5.
-Scratch  Without --weights: the supervised baseline. Its backbone.pth feeds the other scripts.
+         The others: the official files, and the videos anywhere in --data, whatever their endings.
 Differs  From the released code: BN statistics are of all ranks; frames are 8/30 s apart, not 9/30
          (ucf101) or 8 frames whatever the rate (charades); short sides are uniform. ssv2: RGB and
          the centre crop, not BGR and the left one. ava: trained on annotated boxes alone.
@@ -19,12 +14,11 @@ Recipe   python finetune.py --weights backbone.pth --dataset ucf101 --data UCF10
 
 import contextlib
 import csv
-import dataclasses
 import glob
 import json
 import math
-import os
 import re
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +28,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import default_collate
 from torchvision.ops import box_iou, roi_align
-from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes
 
 import common
@@ -44,34 +37,33 @@ from common import arg
 # --- config
 
 
-# The paper's numbers but where a comment says another's; lr is per 64 videos. A flag wins.
+# The paper's numbers unless a comment says otherwise; lr is per 64 videos. A flag wins.
 SETTINGS = {
     "folder": {},  # as in Config
     "ucf101": {},
     "hmdb51": {},
-    # of the released Kinetics/SLOW_8x8_R50
     "kinetics": dict(epochs=196, lr=0.1, lr_steps=(), warmup=34 / 196, recipe="released")
-    | dict(weight_decay=1e-4, dropout=0.5),
-    "ssv2": dict(epochs=22, lr=0.12, lr_steps=(14 / 22, 18 / 22), augment="crop")
-    | dict(warmup=0.19 / 22, weight_decay=1e-6, dropout=0.5)  # released
-    | dict(test_clips=1, test_crops=1),
+    | dict(weight_decay=1e-4, dropout=0.5),  # all of the released Kinetics/SLOW_8x8_R50
+    "ssv2": dict(epochs=22, lr=0.12, lr_steps=(14 / 22, 18 / 22), test_clips=1, test_crops=1)
+    | dict(augment="crop", warmup=0.19 / 22, weight_decay=1e-6, dropout=0.5),  # released (not crop)
     "charades": dict(epochs=60, lr=0.2, lr_steps=(40 / 60, 50 / 60), warmup=5 / 60)
-    | dict(weight_decay=1e-4, dropout=0.5)  # released
-    | dict(frames=16, stride=8),
-    "ava": dict(epochs=32, lr=0.3, lr_steps=(16 / 32, 24 / 32, 28 / 32))
+    | dict(frames=16, stride=8, weight_decay=1e-4, dropout=0.5),  # the last two: released
+    "ava": dict(epochs=32, lr=0.3, lr_steps=(0.5, 0.75, 0.875))
     | dict(warmup=5.3 / 32, weight_decay=1e-7, dropout=0.5),  # released
 }
-RELEASED = dict.fromkeys(  # here, for a folder and hmdb51: they have no config
-    ("folder", "ucf101", "hmdb51"), dict(lr=0.01, lr_steps=(), augment="crop,flip,tint")
-)
-RELEASED["ava"] = dict(box_score=0.9)
-# Charades/SLOWFAST_16x8_R50, lr 0.0375 per 16 videos; its warm-up is unverified
-RELEASED["charades"] = dict(epochs=57, lr=0.15, lr_steps=(41 / 57, 49 / 57), warmup=4 / 57)
+TINTED = dict(lr=0.01, lr_steps=(), augment="crop,flip,tint")
+RELEASED = {  # charades: SLOWFAST_16x8_R50, lr 0.0375 per 16 videos; its warm-up is unverified
+    "folder": TINTED,  # here: no config was released for a folder and hmdb51
+    "ucf101": TINTED,
+    "hmdb51": TINTED,
+    "charades": dict(epochs=57, lr=0.15, lr_steps=(41 / 57, 49 / 57), warmup=4 / 57),
+    "ava": dict(box_score=0.9),
+}
 
 
-@dataclasses.dataclass
+@dataclass
 class Config(eval_linear.Evaluation):  # the paper's numbers for UCF101 and HMDB51
-    dataset: str = arg("folder", "the data set", choices=tuple(SETTINGS))
+    dataset: str = arg("folder", "the data set", choices=SETTINGS)
     recipe: str = arg("paper", "whose settings", choices=("paper", "released"))
     split: int = arg(1, "of ucf101 and hmdb51: 1, 2 or 3")
     boxes: str = arg("", "ava: csv of detected boxes to test on; none: the annotated ones")
@@ -87,30 +79,21 @@ class Config(eval_linear.Evaluation):  # the paper's numbers for UCF101 and HMDB
 
 
 # here: what learns in seconds on a CPU
-DEMO = dict(backbone="tiny", stride=4, size=32, test_clips=4, test_crops=1, dropout=0.0, epochs=40)
-DEMO |= dict(batch_size=40, optimizer="adamw", lr=4.8e-3, warmup=0.075, weight_decay=1e-4)
-DEMO |= dict(lr_steps=())
+DEMO = dict(backbone="tiny", stride=4, size=32, test_clips=4, test_crops=1, dropout=0, warmup=0.075)
+DEMO |= dict(epochs=40, batch_size=40, optimizer="adamw", lr=4.8e-3, lr_steps=(), weight_decay=1e-4)
 
 
 def use_settings(cfg, weights):
-    """Take the settings of the data set and of the recipe where no flag was given; weights: the
-    settings with which they were trained."""
-    if cfg.boxes and cfg.dataset != "ava":
-        common.fail(f"--boxes does not go with --dataset {cfg.dataset}")
-    for name in {"rotate", "noise", "sobel"} & set(cfg.augment.split(",")):
-        if cfg.dataset == "ava":
-            common.fail(f"--augment {name} does not go with --dataset ava: boxes cannot follow")
-    if cfg.val and cfg.dataset in PARSERS:
-        common.fail(f"--val does not go with --dataset {cfg.dataset}")
-    if not cfg.data and cfg.dataset in PARSERS:
-        common.fail(f"--data is missing: {cfg.dataset} has no demo")
-    settings = SETTINGS[cfg.dataset]
+    """Set what no flag sets, by data set and recipe; weights: settings of their training."""
+    if cfg.dataset in PARSERS and (cfg.val or not cfg.data):
+        common.fail(f"--dataset {cfg.dataset} needs --data, has no demo and takes no --val")
+    settings = dict(SETTINGS[cfg.dataset])
     if cfg.recipe == "released":
-        settings = settings | RELEASED.get(cfg.dataset, {})
+        settings.update(RELEASED.get(cfg.dataset, {}))
     if cfg.dataset == "ava" and weights.get("script") == "finetune":
-        settings = settings | {"lr": 0.05}  # paper: from supervised weights
+        settings["lr"] = 0.05  # paper: from supervised weights
     if cfg.small or not cfg.data:
-        settings = {"augment": "crop"} if cfg.dataset == "ssv2" else {}  # left, right are classes
+        settings = {"augment": "crop"} if cfg.dataset == "ssv2" else {}
         cfg.recipe = "demo"
     for name in settings.keys() - cfg.given:
         setattr(cfg, name, settings[name])
@@ -119,36 +102,34 @@ def use_settings(cfg, weights):
     if max(cfg.lr_steps, default=0) >= 1:
         common.fail(f"--lr-steps {cfg.lr_steps}: shares of the run, below 1")
     if weights.get("script") == "moco" and cfg.sync_bn:
-        words = "--no-sync-bn (ucf101: and --weight-decay 1e-4 --dropout 0.5)"
-        common.print_main(f"after MoCo the released configs have {words}")
+        common.print_main(
+            "after MoCo the released configs have --no-sync-bn "
+            "(ucf101: and --weight-decay 1e-4 --dropout 0.5)"
+        )
 
 
 # --- data sets
 
 
 def segments(cfg, duration, clip_seconds=0, rho=1, timespan=None, rng=None):
-    """Times (seconds) of a clip's frames, one in each of T equal parts of the video, (1, T): random
-    ones, or for testing, without rng, 1/2n, 3/2n, ... into each part, of n test clips, (n, T)
-    (released ssv2.py, line 159)."""
+    """Seconds of frames, one in each of T equal parts of the video: random ones (rho, T), or of n
+    test clips, without rng, 1/2n, 3/2n, ... into each part, (n, T) (released ssv2.py, line 159)."""
     shares = (np.arange(cfg.test_clips)[:, None] + 0.5) / cfg.test_clips
     if rng is not None:
         shares = rng.random((rho, cfg.frames))
     return (np.arange(cfg.frames) + shares) * duration / cfg.frames
 
 
-def official(cfg, *names):
-    """The text of the first file of one of these names in --data; ends the process without one."""
-    for name in names:
-        for path in sorted(glob.glob(f"**/{name}", root_dir=cfg.data, recursive=True)):
-            return Path(cfg.data, path).read_text(encoding="utf-8-sig")
-    common.fail(f"--data {cfg.data} has no {' or '.join(names)} ({cfg.dataset})")
+def official_files(cfg, pattern):
+    """Files in --data, at any depth, whose name fits a pattern; ends the process without one."""
+    paths = glob.glob(f"**/{pattern}", root_dir=cfg.data, recursive=True)
+    if not paths:
+        common.fail(f"--data {cfg.data} has no {pattern} ({cfg.dataset})")
+    return [Path(cfg.data, path) for path in sorted(paths)]
 
 
-def int_in_range(text, least, most):
-    """An integer from least to most, or ValueError."""
-    if int(text) not in range(least, most + 1):
-        raise ValueError(f"{text} is not one of {least} to {most}")
-    return int(text)
+def official(cfg, pattern):
+    return official_files(cfg, pattern)[0].read_text(encoding="utf-8-sig")
 
 
 def ucf101(cfg, part):
@@ -161,29 +142,25 @@ def ucf101(cfg, part):
 def hmdb51(cfg, part):
     """class_test_split1.txt for each class: lines `name.avi 1`, 1 in training, 2 in testing."""
     ending = f"_test_split{cfg.split}.txt"
-    official(cfg, f"*{ending}")
+    wanted = {"train": "1", "test": "2"}[part]
     found = {}  # a list may lie there twice
-    for path in sorted(glob.glob(f"**/*{ending}", root_dir=cfg.data, recursive=True)):
-        label = os.path.basename(path).removesuffix(ending)
-        lines = Path(cfg.data, path).read_text().splitlines()
-        for name, use in [line.rsplit(maxsplit=1) for line in lines if line.strip()]:
-            if use == {"train": "1", "test": "2"}[part]:
+    for path in official_files(cfg, f"*{ending}"):
+        label = path.name.removesuffix(ending)
+        for line in path.read_text().splitlines():
+            name, _, use = line.strip().rpartition(" ")
+            if use == wanted:
                 found[f"{label}/{name}"] = label
-    return list(found.items())
+    return found.items()
 
 
 def ssv2(cfg, part):
-    """train.json and validation.json: [{"id", "template"}], a template with [brackets]; labels.json
-    has it without, numbered from "0". Older releases: something-something-v2-train.json and so on.
-    """
-    entries, labels = (
-        json.loads(official(cfg, f"something-something-v2-{name}.json", f"{name}.json"))
-        for name in ("train" if part == "train" else "validation", "labels")
-    )
-    templates = [entry["template"].replace("[", "").replace("]", "") for entry in entries]
-    if unknown := set(templates) - set(labels):
-        raise ValueError(f"no label {min(unknown)}")
-    return [(f"{e['id']}.webm", label) for e, label in zip(entries, templates, strict=True)]
+    """train.json, validation.json: [{"id", "template"}]; a class is a template without brackets."""
+    name = "train" if part == "train" else "validation"
+    found = []
+    for entry in json.loads(official(cfg, f"*{name}.json")):
+        label = entry["template"].replace("[", "").replace("]", "")
+        found.append((f"{entry['id']}.webm", label))
+    return found
 
 
 def charades(cfg, part):
@@ -191,55 +168,62 @@ def charades(cfg, part):
     "c092 11.90 21.20;c147 0.00 12.60" -> [(92, 11.9, 21.2), (147, 0.0, 12.6)]."""
     found = []
     for line in csv.DictReader(official(cfg, f"Charades_v1_{part}.csv").splitlines(True)):
-        actions = [action.split() for action in line["actions"].split(";") if action.strip()]
-        actions = [(int_in_range(name[1:], 0, 156), float(a), float(b)) for name, a, b in actions]
+        actions = []
+        for action in filter(None, line["actions"].split(";")):
+            name, start, end = action.split()
+            number = range(157).index(int(name[1:]))  # ValueError if out of range
+            actions.append((number, float(start), float(end)))
         found.append((f"{line['id']}.mp4", actions))
     return found
 
 
 def ava(cfg, part):
-    """ava_train_v2.2.csv, ava_val_v2.2.csv, in testing --boxes if given: see read_people. -> (name,
-    ((film, second), boxes, labels)) of each key frame, see person_labels."""
-    text = official(cfg, f"ava_{'train' if part == 'train' else 'val'}_v2.2.csv")
-    if part == "test" and cfg.boxes:
-        frames = read_people(Path(cfg.boxes).read_text(), cfg.box_score)
-    else:
-        frames = read_people(text)
-    if part == "test":  # lines `film,second`
-        text = official(cfg, "ava_val_excluded_timestamps_v2.2.csv")
-        for film, second in filter(None, csv.reader(text.splitlines())):
-            frames.pop((film, int(second)), None)
-    return [(f"{key[0]}.mp4", (key, *person_labels(people))) for key, people in frames.items()]
+    """Notes of key frames: the second, boxes (k, 4) that are scored, people (m, 4) who are there,
+    their labels (m, 80). The boxes are people, or in testing those of --boxes if given."""
+    name = "train" if part == "train" else "val"
+    people = read_people(official(cfg, f"ava_{name}_v2.2.csv"))
+    found = people
+    excluded = []
+    if part == "test":
+        excluded = official(cfg, "ava_val_excluded_timestamps_v2.2.csv").split()
+        if cfg.boxes:
+            found = read_people(Path(cfg.boxes).read_text(), cfg.box_score)
+    keys = found | people
+    for line in excluded:  # `film,second`
+        film, second = line.split(",")
+        keys.pop((film, int(second)), None)
+    nobody = np.zeros((0, 4)), np.zeros((0, 80), bool)
+    notes = []
+    for key in keys:
+        film, second = key
+        boxes, _ = found.get(key, nobody)
+        notes.append((f"{film}.mp4", (second, boxes, *people.get(key, nobody))))
+    return notes
 
 
 def read_people(text, least=0.0):
-    """Lines `film,second,x1,y1,x2,y2,action,person`; a box of several actions has a line for each.
-
-    {(film, second): {(x1, y1, x2, y2, person): [actions, from 0]}}. Of a detector the last column
-    is the score, at least so much (released ava_helper.py, line 63), the action empty or -1."""
+    """Lines `film,second,x1,y1,x2,y2,action,person`, one for each action of a person, as
+    {(film, second): (boxes (m, 4) in shares of width and height, labels (m, 80) bool)}. Of a
+    detector the last column is a score, at least so much (released ava_helper.py, line 63)."""
     frames = {}
     for film, second, *rest in csv.reader(text.splitlines()):
         if not rest:  # nobody is there
             continue
-        *box, action, person = rest
+        *box, action, score = rest
         x1, y1, x2, y2 = map(float, box)
-        if least and float(person) < least:
+        if least and float(score) < least:
             continue
         if not (-0.1 < x1 < x2 < 1.1 and -0.1 < y1 < y2 < 1.1):
             raise ValueError(f"a box of {film} is none in shares of width and height: {box}")
         people = frames.setdefault((film, int(float(second))), {})
-        actions = people.setdefault((x1, y1, x2, y2, "" if least else person), [])
+        labels = people.setdefault((x1, y1, x2, y2), np.zeros(80, bool))
         if action not in ("", "-1"):
-            actions.append(int_in_range(action, 1, 80) - 1)
+            labels[range(1, 81).index(int(action))] = True  # ValueError if out of range
+    if not frames:
+        raise ValueError("a list of people is empty")
+    for key, people in frames.items():
+        frames[key] = np.array(list(people)), np.array(list(people.values()))
     return frames
-
-
-def person_labels(people):
-    """Boxes (m, 4) of the people of a key frame, in shares of its sides, and which of the actions
-    are theirs, (m, 80) bool."""
-    boxes = np.array([box[:4] for box in people]).reshape(-1, 4)
-    labels = [np.isin(range(80), actions) for actions in people.values()]
-    return boxes, np.array(labels)
 
 
 def ava_classes(cfg):
@@ -252,31 +236,23 @@ def ava_classes(cfg):
 PARSERS = {"ucf101": ucf101, "hmdb51": hmdb51, "ssv2": ssv2, "charades": charades, "ava": ava}
 
 
-def listed(cfg, part):
-    """What the official files say of a part, "train" or "test": [(name, class or note)]."""
-    try:
-        found = PARSERS[cfg.dataset](cfg, part)
-    except (OSError, LookupError, AttributeError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        common.fail(f"--data {cfg.data}: cannot read a list of {cfg.dataset}: {reason}")
-    if not found:
-        common.fail(f"--data {cfg.data}: a list of {cfg.dataset} is empty")
-    return found
-
-
 def listed_videos(cfg, part):
-    """Paths of the videos of a part, and their classes or notes. Ends the process if a test video
-    is not there, but for --allow-missing."""
-    names, notes = zip(*listed(cfg, part), strict=True)
-    keys = [Path(name).with_suffix("").parts for name in names]
+    """Paths of the videos of a part, "train" or "test", and their classes or notes. A test video
+    that is not there ends the process, unless --allow-missing leaves it out."""
+    try:
+        names, notes = zip(*PARSERS[cfg.dataset](cfg, part), strict=True)
+    except (OSError, LookupError, ValueError) as error:
+        common.fail(f"--data {cfg.data}: cannot read a list of {cfg.dataset}: {error}")
+    keys = [Path(name).with_suffix("").parts for name in names]  # ("class", "name") or ("name",)
     paths = common.list_videos(cfg.data)[0]
     there = {Path(path).with_suffix("").parts[-len(keys[0]) :]: path for path in paths}
-    if lost := [name for name, key in zip(names, keys, strict=True) if key not in there]:
-        words = f"{len(lost)} of {len(names)} {part} videos are not in {cfg.data}: {lost[0]} ..."
-        if part == "test" and not cfg.allow_missing:
-            common.fail(f"{words}; --allow-missing leaves such videos out")
-        common.print_main(f"WARN {words}")
-    return [there.get(key, f"{cfg.data}/{'/'.join(key)}") for key in keys], notes
+    lost = [key for key in keys if key not in there]
+    if lost and part == "test" and not cfg.allow_missing:
+        common.fail(
+            f"{len(lost)} of {len(keys)} test videos are not in {cfg.data}: {lost[0][-1]} ...; "
+            "--allow-missing leaves such videos out"
+        )
+    return [there.get(key, "/".join((cfg.data, *key))) for key in keys], notes
 
 
 class Annotated(common.VideoClips):
@@ -302,34 +278,35 @@ class Charades(Annotated):
         item = super().item(index, rng)
         start = item["starts"][0].item()
         end = start + (self.cfg.frames - 1) * self.cfg.stride / 30
-        return {**item, "target": self.target(index, start, end)}
+        item["target"] = self.target(index, start, end)
+        return item
 
 
 class AVA(Annotated):
-    """Clips with a key frame in the middle, boxes of the M people in it, (M, 4) in pixels, which
-    follow crop and flip, and their targets (M, 80)."""
+    """Clips around key frames, boxes (M, 4) in pixels of the M people, and targets (M, 80)."""
 
     def target(self, index):
-        return torch.from_numpy(self.notes[index][2]).float()
+        return torch.from_numpy(self.notes[index][3]).float()
 
     def whole(self, index, short_side):
         """Whole pictures (T, 3, H, W) uint8 and boxes (M, 4) in pixels. A video of less than 20
         minutes is a cut of the film, from 900 s on (released ava_helper.py, line 121)."""
-        (_, second), boxes, _ = self.notes[index]
+        second, boxes, *_ = self.notes[index]
+        frames = np.arange(self.cfg.frames) - self.cfg.frames / 2
         with contextlib.closing(self.open(index, short_side)) as reader:
-            middle = second - 900 if reader.duration < 1200 else second
-            start = np.array([middle - self.cfg.clip_seconds / 2])
-            times = common.frame_times(start, self.cfg.frames, self.cfg.stride)  # (1, T)
-            clip = torch.from_numpy(reader.read(times)[0]).permute(0, 3, 1, 2)
+            if reader.duration < 1200:
+                second -= 900
+            pictures = reader.read(second + frames * self.cfg.stride / 30)
+        clip = torch.from_numpy(pictures).permute(0, 3, 1, 2)
         height, width = clip.shape[2:]
         boxes = torch.from_numpy(boxes * (width, height, width, height)).float()
         return clip, BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width))
 
     def item(self, index, rng):
-        clip, boxes = self.whole(index, int(rng.integers(*self.cfg.short_side, endpoint=True)))
+        short_side = int(rng.integers(*self.cfg.short_side, endpoint=True))
         torch.default_generator.manual_seed(int(rng.integers(2**62)))  # the transforms draw from it
-        clip, boxes = self.crop(clip, boxes)
-        clip, boxes = self.color(v2.functional.to_dtype(clip, scale=True), boxes)
+        clip, boxes = self.crop(*self.whole(index, short_side))
+        clip, boxes = self.color(clip * (1 / 255), boxes)
         return {
             "clips": common.normalize(clip).transpose(0, 1)[None],  # (1, 3, T, S, S)
             "boxes": boxes,
@@ -340,11 +317,10 @@ class AVA(Annotated):
 
     @staticmethod
     def collate(items):
-        """The people of all clips in a row: boxes (K, 5), of which the first number is the clip's
-        row in the batch, and target (K, 80)."""
+        """People of all clips: boxes (K, 5), each with its clip's row, and their target (K, 80)."""
         boxes = [F.pad(item.pop("boxes"), (1, 0), value=i) for i, item in enumerate(items)]
         target = [item.pop("target") for item in items]
-        return {**default_collate(items), "boxes": torch.cat(boxes), "target": torch.cat(target)}
+        return default_collate(items) | {"boxes": torch.cat(boxes), "target": torch.cat(target)}
 
 
 class WholeClips(common.TestClips):
@@ -355,23 +331,12 @@ class WholeClips(common.TestClips):
             clip, boxes = self.dataset.whole(index, self.size)
         except common.BadVideo as error:
             return {"index": index, "bad": str(error)}
-        clips, boxes = clip.transpose(0, 1)[None], F.pad(boxes, (1, 0))
-        return {"clips": clips, "more": [boxes], "index": index, "bad": ""}
-
-
-def make_datasets(cfg):
-    """The training videos and the test videos of --dataset."""
-    if cfg.dataset not in PARSERS:
-        dataset = common.VideoClips(cfg, eval_linear.sample_clips)
-        return dataset, eval_linear.test_set(cfg, dataset)
-    train, test = (listed_videos(cfg, part) for part in ("train", "test"))
-    if kind := {"charades": Charades, "ava": AVA}.get(cfg.dataset):
-        return kind(cfg, *train), kind(cfg, *test)
-    sample = partial(segments, cfg) if cfg.dataset == "ssv2" else eval_linear.sample_clips
-    dataset = common.VideoClips(cfg, sample, videos=train)
-    if unknown := set(test[1]) - set(dataset.classes):
-        common.fail(f"--data {cfg.data}: no training video of class {min(unknown)}")
-    return dataset, dataset.subset(*test)
+        return {
+            "clips": clip.transpose(0, 1)[None],
+            "more": [F.pad(boxes, (1, 0))],  # column 0: the clip's row, 0
+            "index": index,
+            "bad": "",
+        }
 
 
 # --- method
@@ -401,10 +366,18 @@ class Detector(Classifier):
 
     def __init__(self, cfg, classes):
         super().__init__(cfg, classes)
-        dilate(self.encoder.backbone)
+        last = self.encoder.backbone[-1].modules()
+        convolutions = [module for module in last if isinstance(module, nn.Conv3d)]
+        if all(conv.stride[2] == 1 for conv in convolutions):
+            return
+        for conv in convolutions:  # finer maps: 3x3 convolutions dilated by 2, without stride
+            conv.stride = (conv.stride[0], 1, 1)
+            if conv.kernel_size[2] == 3:
+                conv.dilation = (1, 2, 2)
+                conv.padding = (conv.padding[0], 2, 2)
 
     def forward(self, clips, boxes):
-        """(B, 1, 3, T, H, W), boxes (K, 5), row of the clip and corners in pixels -> features
+        """Clips (B, 1, 3, T, H, W), boxes (K, 5): row of the clip, corners in pixels -> features
         (B, 1, D), scores of the classes for each box (K, classes), float32."""
         stages = nn.Sequential(*self.encoder.backbone)  # without the average at the end
         maps = common.encode_views(stages, clips, self.low_memory)  # (B, 1, D, T, H, W)
@@ -412,18 +385,6 @@ class Detector(Classifier):
         scale = 2.0 ** round(math.log2(maps.shape[-1] / clips.shape[-1]))  # 1/16 in slow_r50
         parts = roi_align(maps, boxes, 7, scale, sampling_ratio=0, aligned=True)  # (K, D, 7, 7)
         return maps.mean((2, 3))[:, None], self.classify(parts.amax((2, 3)))
-
-
-def dilate(backbone):
-    """Keep the last stage's map as fine as its input: no stride, 3x3 convolutions dilated by 2."""
-    convolutions = [m for m in list(backbone)[-1].modules() if isinstance(m, nn.Conv3d)]
-    if all(conv.stride[2] == 1 for conv in convolutions):
-        return
-    for conv in convolutions:
-        conv.stride = (conv.stride[0], 1, 1)
-        if conv.kernel_size[2] == 3:
-            conv.dilation = (1, 2, 2)
-            conv.padding = (conv.padding[0], 2, 2)
 
 
 def chance_level(dataset):
@@ -438,145 +399,143 @@ def chance_level(dataset):
 # --- testing
 
 
-def average_precision(scores, positive, total=None, best=False):
-    """Average precision of scores (n,), of which some are positive (n,); tied scores share one
-    threshold. total: positives to be found, by default those here; best: precision is the best at
-    this recall or more. NaN if there are no positives."""
-    total = positive.sum() if total is None else total
-    order = np.argsort(-scores, kind="stable")
-    last_of_tie = np.append(np.diff(scores[order]) != 0, True)[: len(scores)]
-    hits = np.cumsum(positive[order])[last_of_tie]
-    precision = hits / (np.flatnonzero(last_of_tie) + 1)
+def average_precision(scores, positive, total, best=False):
+    """Average precision of scores (n,), of which some are positive (n,), of a total to be found;
+    tied scores share one threshold. best: precision is the best at this recall or more."""
+    _, rank = np.unique(-scores, return_inverse=True)  # (n,), equal where scores are
+    hits = np.bincount(rank, positive)
+    precision = hits.cumsum() / np.bincount(rank).cumsum()
     if best:
         precision = np.maximum.accumulate(precision[::-1])[::-1]
-    area = np.sum(np.diff(hits, prepend=0) * precision)
-    return float(area / total) if total else math.nan
+    return hits @ precision / total
 
 
-def match_detections(boxes, scores, people, labels):
-    """Which scores (k, classes) of boxes (k, 4) are right, (k, classes) bool, given people (m, 4)
-    and their labels (m, classes) bool: by falling score, a box is right about a class if, of the
-    people with the class, the one that it overlaps most, at IoU 0.5 or more, is free."""
-    right = np.zeros(scores.shape, bool)
-    overlap = box_iou(torch.as_tensor(boxes), torch.as_tensor(people)).numpy()  # (k, m)
-    for c in np.flatnonzero(labels.any(0)):
-        candidates = np.flatnonzero(labels[:, c])
-        taken = set()
-        for box in np.argsort(-scores[:, c], kind="stable"):
-            person = candidates[overlap[box, candidates].argmax()]
-            if overlap[box, person] >= 0.5 and person not in taken:
-                taken.add(person)
-                right[box, c] = True
-    return right
-
-
-def frame_precisions(frames):
-    """Average precision at IoU 0.5 of each class, NaN where nobody has it; of frames (boxes,
-    scores, people, labels), see match_detections."""
-    scores = np.concatenate([frame[1] for frame in frames])
-    right = np.concatenate([match_detections(*frame) for frame in frames])
-    totals = sum(frame[3].sum(0) for frame in frames)
-    columns = zip(scores.T, right.T, totals, strict=True)
-    return [average_precision(*column, best=True) for column in columns]
-
-
-def mean_precision(classes, values):
-    """In percent, over the classes that occur; the value of another is NaN."""
-    found = {name: 100 * v for name, v in zip(classes, values, strict=True) if not math.isnan(v)}
-    mean = round(sum(found.values()) / len(found), 2) if found else None
+def mean_precision(classes, scores, positive, totals, best=False):
+    """Mean average precision, percent, of scores (n, C), over classes {column: name} that occur."""
+    found = {}
+    for c, name in classes.items():
+        if totals[c] > 0:
+            found[name] = 100 * average_precision(scores[:, c], positive[:, c], totals[c], best)
+    mean = None
+    if found:
+        mean = round(sum(found.values()) / len(found), 2)
     return {"map": mean, "per_class": {name: round(value, 2) for name, value in found.items()}}
 
 
-def score_views(cfg, model, dataset, join):
-    """Scores (n, classes) of the n videos that can be read, and their indices (n,). join(scores of
-    the test views (views, classes)) -> (classes,)."""
-    clips = partial(segments, cfg) if cfg.dataset == "ssv2" else cfg.test_clips
-    test_clips = common.TestClips(dataset, clips, cfg.test_crops, cfg.test_size)
+def match_detections(frames):
+    """Of frames (boxes (k, 4), scores (k, C), people (m, 4), labels (m, C)): all scores (n, C),
+    which are right (n, C), and how many people have a class (C,). By falling score, a box is right
+    about a class if, of its people, the one it overlaps most, at IoU 0.5 or more, is free."""
+    found = []
+    for boxes, scores, people, labels in frames:
+        right = np.zeros(scores.shape, bool)
+        overlap = box_iou(torch.as_tensor(boxes), torch.as_tensor(people)).numpy()  # (k, m)
+        for c in np.flatnonzero(labels.any(0)):
+            iou = overlap[:, labels[:, c]]
+            order = np.argsort(-scores[:, c], kind="stable")
+            order = order[iou[order].max(1) >= 0.5]
+            _, first = np.unique(iou[order].argmax(1), return_index=True)  # of each person's boxes
+            right[order[first], c] = True
+        found.append((scores, right, labels.sum(0)))
+    scores, right, totals = zip(*found, strict=True)
+    return np.concatenate(scores), np.concatenate(right), sum(totals)
 
-    def score(views):  # (views, 3, T, S, S)
-        return join(model(views[:, None])[1])
 
-    return common.extract_features(score, test_clips, cfg.allow_missing)
-
-
-def test_classes(cfg, model, dataset):
+def test_classes(cfg, model, views):
     """Top 1 and top 5, of the mean softmax over views."""
-    scores, indices = score_views(cfg, model, dataset, lambda views: views.softmax(-1).mean(0))
-    labels = torch.from_numpy(dataset.labels)[indices]
-    result = eval_linear.accuracies(scores, labels, dataset.classes)
-    return {**result, "n": len(scores), "classes": len(dataset.classes)}
+    scores, labels = eval_linear.labelled_outputs(model.softmax, views, cfg.allow_missing)
+    result = eval_linear.accuracies(scores, labels, views.dataset.classes)
+    return result, len(scores), len(views.dataset.classes)
 
 
-def test_charades(cfg, model, dataset):
+def test_charades(cfg, model, views):
     """Mean average precision, of the largest sigmoid over views."""
-    scores, indices = score_views(cfg, model, dataset, lambda views: views.sigmoid().amax(0))
-    labels = torch.stack([dataset.target(index) for index in indices])
-    columns = zip(scores.numpy().T, labels.numpy().T > 0, strict=True)
-    values = [average_precision(*column) for column in columns]
-    result = mean_precision([f"c{i:03d}" for i in range(157)], values)
-    return {**result, "n": len(scores), "classes": 157}
+    scores, indices = common.extract_features(
+        lambda clips: model(clips[:, None])[1].sigmoid().amax(0), views, cfg.allow_missing
+    )
+    labels = torch.stack([views.dataset.target(index) for index in indices]).numpy()
+    classes = {c: f"c{c:03d}" for c in range(157)}
+    result = mean_precision(classes, scores.numpy(), labels, labels.sum(0))
+    return result, len(scores), len(classes)
 
 
-def test_ava(cfg, model, dataset):
-    """Mean frame precision. A key frame without boxes counts as missed, one that cannot be read
-    does not count."""
-    most = max(len(boxes) for _, boxes, _ in dataset.notes)
+def test_ava(cfg, model, views):
+    """Mean frame precision over the key frames that can be read."""
+    notes = views.dataset.notes
+    most = max(len(note[1]) for note in notes)
 
-    def sigmoid(clips, boxes):  # (1, 3, T, H, W), (M, 5)
-        scores = model(clips[None], boxes)[1].sigmoid()
-        return F.pad(scores, (0, 0, 0, most - len(scores)))  # as many rows for all
+    def sigmoid(clips, boxes):  # (1, 3, T, H, W), (k, 5)
+        _, scores = model(clips[None], boxes)
+        return F.pad(scores.sigmoid(), (0, 0, 0, most - len(scores)))  # as many rows for all
 
-    views = WholeClips(dataset, clips=1, size=cfg.test_size)
     scores, indices = common.extract_features(sigmoid, views, cfg.allow_missing)
-    classes = ava_classes(cfg)
-    numbers = list(classes)
-    scores = dict(zip(indices.tolist(), scores[:, :, numbers].numpy(), strict=True))
-    truth = {}
-    for _, (key, people, labels) in ava(dataclasses.replace(cfg, boxes=""), "test"):
-        truth[key] = people, labels[:, numbers]
-    nobody = np.zeros((0, 4)), np.zeros((0, len(classes)))
     frames = []
-    for index, (key, boxes, _) in enumerate(dataset.notes):
-        there = truth.pop(key, nobody)
-        if index in scores:
-            frames.append((boxes, scores[index][: len(boxes)], *there))
-    frames += [(*nobody, *there) for there in truth.values()]
-    result = mean_precision(classes.values(), frame_precisions(frames))
-    return {**result, "n": len(scores), "classes": len(classes)}
+    for index, rows in zip(indices, scores.numpy(), strict=True):
+        _, boxes, people, labels = notes[index]
+        frames.append((boxes, rows[: len(boxes)], people, labels))
+    classes = ava_classes(cfg)
+    result = mean_precision(classes, *match_detections(frames), best=True)
+    return result, len(scores), len(classes)
 
 
-def report(cfg, dataset, result):
+def report(cfg, dataset, result, n, classes):
     """Print the result, and write it, with what it takes to repeat it, to result.json."""
+    name = "map" if "map" in result else "top1"
+    summary = f"{name} {result[name]} %  ({n} videos, {classes} classes, recipe: {cfg.recipe})"
+    views = cfg.test_clips * cfg.test_crops
     test = f"{cfg.test_clips} clips x {cfg.test_crops} crops at {cfg.test_size}"
     if cfg.dataset == "ava":
+        views = 1
         test = f"whole pictures at {cfg.test_size}, boxes: {cfg.boxes or 'annotated'}"
     result |= {
-        "missing": len(dataset) - result["n"],
+        "n": n,
+        "classes": classes,
+        "missing": len(dataset) - n,
         "protocol": f"{cfg.dataset}, {cfg.epochs} epochs of random clips, last epoch; {test}",
-        "views": 1 if cfg.dataset == "ava" else cfg.test_clips * cfg.test_crops,
+        "views": views,
         "recipe": cfg.recipe,
         "split": cfg.split,
     }
-    name, value = next(iter(result.items()))  # top1 or map
-    size = f"({result['n']} videos, {result['classes']} classes, recipe: {cfg.recipe})"
-    eval_linear.write_result(cfg, result, f"{name} {value} %  {size}")
+    eval_linear.write_result(cfg, result, summary)
 
 
 # --- training
 
 
+def build(cfg):
+    """The training videos of --dataset, the views of its test videos, the model and its test."""
+    sample = eval_linear.sample_clips
+    clips = cfg.test_clips
+    if cfg.dataset == "ssv2":
+        sample = clips = partial(segments, cfg)
+    if cfg.dataset in PARSERS:
+        train = listed_videos(cfg, "train")
+        tested = listed_videos(cfg, "test")
+    if cfg.dataset == "ava":
+        views = WholeClips(AVA(cfg, *tested), 1, 1, cfg.test_size)
+        return AVA(cfg, *train), views, Detector(cfg, 80), test_ava
+    if cfg.dataset == "charades":
+        views = common.TestClips(Charades(cfg, *tested), clips, cfg.test_crops, cfg.test_size)
+        return Charades(cfg, *train), views, Classifier(cfg, 157), test_charades
+    if cfg.dataset in PARSERS:
+        dataset = common.VideoClips(cfg, sample, videos=train)
+        test_data = dataset.subset(*tested)
+        unknown = set(tested[1]) - set(dataset.classes)
+        if unknown:
+            common.fail(f"--data {cfg.data}: no training video of class {min(unknown)}")
+    else:
+        dataset = common.VideoClips(cfg, sample)
+        test_data = eval_linear.test_set(cfg, dataset)
+    views = common.TestClips(test_data, clips, cfg.test_crops, cfg.test_size)
+    return dataset, views, Classifier(cfg, len(dataset.classes)), test_classes
+
+
 def main(argv=None):
     cfg = common.parse_args(Config, DEMO, argv)
-    use_settings(cfg, weights=eval_linear.fill_settings(cfg))
+    use_settings(cfg, eval_linear.fill_settings(cfg))
     common.init_distributed(cfg)
-    dataset, test_data = make_datasets(cfg)
+    dataset, views, model, test = build(cfg)
     common.fit_to_videos(cfg, len(dataset))
-    if cfg.dataset == "ava":
-        model, test = Detector(cfg, 80), test_ava
-    elif cfg.dataset == "charades":
-        model, test = Classifier(cfg, 157), test_charades
-    else:
-        model, test = Classifier(cfg, len(dataset.classes)), test_classes
     eval_linear.load(model.encoder.backbone, cfg)
     model.to(common.device())
     network = common.wrap_ddp(model, cfg)
@@ -594,7 +553,7 @@ def main(argv=None):
         optimizer.step()
         run.record(loss, features=features)
     if run.finished:
-        report(cfg, test_data, test(cfg, model.eval(), test_data))
+        report(cfg, views.dataset, *test(cfg, model.eval(), views))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ BOUNDS = {  # lines, syntax nodes, nodes on a line of code: bounds, not what the
     "byol": (180, 925, 7.8),
     "swav": (215, 1100, 7.8),
     "eval_linear": (400, 2500, 7.8),
+    "finetune": (560, 3600, 7.8),
 }
 
 
