@@ -57,8 +57,8 @@ class Config(common.Config):
     target_momentum_end: float = arg(1.0, "final EMA momentum; equal to the initial: constant")
 
 
-# defaults without --data and with --small: they learn in 400 steps on a CPU
-DEMO = common.DEMO | dict(lr=2.4e-3, projector=(1024, 64), projector_bn=True)
+# defaults without --data and with --small: they learn in minutes on a CPU
+DEMO = common.DEMO | dict(lr=2.4e-3, batch_size=20, projector=(1024, 64), projector_bn=True)
 DEMO |= dict(predictor=(1024, 64), target_momentum=0.9)
 
 

@@ -683,7 +683,7 @@ def fit_to_videos(cfg, n):
     """With --small, fit batch size and epochs, unless given, to n videos: at most a quarter of them
     a step, at least 400 steps. Ends the process if there can be no batch."""
     ranks = world_size()
-    if cfg.small or not cfg.data:
+    if cfg.small:
         if "batch_size" not in cfg.given:
             cfg.batch_size = max(2, min(40, n // 4) // ranks) * ranks
         if "epochs" not in cfg.given:

@@ -57,7 +57,7 @@ class Config(common.Config):
     queue: int = arg(65536, "queue length, in keys")
 
 
-# defaults without --data and with --small: they learn in 400 steps on a CPU
+# defaults without --data and with --small: they learn in minutes on a CPU
 DEMO = common.DEMO | dict(lr=4.8e-3, projector=(256, 64), projector_bn=True)
 DEMO |= dict(temperature=0.2, target_momentum=0.95, queue=240)
 

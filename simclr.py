@@ -53,7 +53,7 @@ class Config(common.Config):
     temperature: float = arg(0.1, "softmax temperature")
 
 
-# defaults without --data and with --small: they learn in 400 steps on a CPU
+# defaults without --data and with --small: they learn in minutes on a CPU
 DEMO = common.DEMO | dict(lr=4.8e-3, projector=(256, 64), projector_bn=True)
 DEMO |= dict(temperature=0.2)
 

@@ -59,7 +59,7 @@ class Config(common.Config):
     queue_from: float = arg(15.0, "use the feature queue from this epoch on, once it is full")
 
 
-# defaults without --data and with --small: they learn in 400 steps on a CPU
+# defaults without --data and with --small: they learn in minutes on a CPU
 DEMO = common.DEMO | dict(lr=4.8e-3, projector=(256, 64), projector_bn=True)
 DEMO |= dict(prototypes=300)
 
