@@ -390,40 +390,35 @@ class VideoReader(contextlib.AbstractContextManager):
         return np.rot90(pictures, round(degrees / 90), axes=(-3, -2))
 
     def _pictures(self, limits):
-        """The pictures of all limits before rotation."""
+        """The pictures of all limits, in one pass, before rotation."""
         if self._limits:  # there was a pass before
             self._reopen()
         self._limits = sorted(limits.ravel().tolist())
-        height, width = self._size()
+        sides = [self._first.height, self._first.width]
+        if self.short_side:
+            scale = self.short_side / min(sides)
+            sides = [min(round(side * scale), 16 * self.short_side) for side in sides]
+        height, width = sides
         pictures = np.empty((*limits.shape, height, width, 3), np.uint8)
         reformatter = av.video.reformatter.VideoReformatter()
-        shown = None
+        converted = None
         for place in sorted(np.ndindex(limits.shape), key=lambda place: limits[place]):
-            frame = self._frame_at(limits[place])
-            if frame is not shown:  # converted and scaled in one go
-                picture = reformatter.reformat(frame, width, height, "rgb24", threads=1)
+            self._go_to(limits[place])
+            if self._shown is not converted:
+                converted = self._shown
+                picture = reformatter.reformat(converted, width, height, "rgb24", threads=1)
                 picture = picture.to_ndarray()
             pictures[place] = picture
-            shown = frame
         return pictures
 
-    def _size(self):
-        """Height and width before rotation."""
-        sides = self._first.height, self._first.width
-        if self.short_side is None:
-            return sides
-        scale = self.short_side / min(sides)
-        return [min(round(side * scale), 16 * self.short_side) for side in sides]
-
-    def _frame_at(self, limit):
-        """The frame of a limit, which is not below that of the call before."""
+    def _go_to(self, limit):
+        """Decode up to the frame of a limit, which is not below that of the call before."""
         if self._worth_seeking(limit):
             self._seek(limit)
         while self._until <= limit:
             self._shown, self._until = next(self._frames)
         if self._shown.pts > limit:  # a packet's frame has not come
             self._sure = False
-        return self._shown
 
     def _start_decoding(self):
         """From where the container is now."""
