@@ -320,16 +320,16 @@ class VideoReader(contextlib.AbstractContextManager):
     short_side: pixels, to which frames are scaled; the long side is at most 16 times as long.
     Opening, `duration` and `read` raise a ValueError that begins with the path if they cannot.
 
-    Inside, times are time stamps (pts, in units of time_base). A limit is a time of which the last
-    frame up to it is wanted. A frame that is not wanted and that no other refers to (NONREF) is not
-    decoded, which leaves all others as they are, bit for bit. The time stamps of packets, some of
-    which are read ahead, tell which frames are not wanted. They can be trusted while _sure."""
+    Inside, times are time stamps (pts, in units of time_base). A limit is a time stamp; the last
+    frame up to it is wanted. The decoder skips a frame that is neither wanted nor a reference for
+    others (NONREF). All other frames stay the same, bit for bit. The time stamps of packets, which
+    are read ahead, say which frames are not wanted. On any doubt about them all is decoded."""
 
     def __init__(self, path, short_side=None):
         self.path = path
         self.short_side = short_side
         self._limits = []  # sorted; empty until the first read
-        self._sure = True  # each packet has the time stamp of a frame, which will come
+        self._sure = True  # no doubt yet: each packet has the time stamp of its frame
         with _reasons(path):
             self._open()
             self._first = self._shown
@@ -382,7 +382,7 @@ class VideoReader(contextlib.AbstractContextManager):
         was_sure = self._sure
         with _reasons(self.path):
             pictures = self._pictures(limits)
-            if self._sure != was_sure:  # a frame may be missing: now all are decoded
+            if self._sure != was_sure:  # a wanted frame may have been skipped: decode all
                 pictures = self._pictures(limits)
         degrees = self._first.rotation
         if abs(degrees) > 360:  # the matrix is damaged
@@ -426,8 +426,8 @@ class VideoReader(contextlib.AbstractContextManager):
         self._shown, self._until = next(self._frames, (None, math.inf))
 
     def _decode(self):
-        """Yield (frame, time stamp of the next one) in the order of display. The next one's is
-        that of a packet while those are trusted, else it is the next frame that is decoded."""
+        """Yield (frame, time stamp of the next frame) in the order of display. A packet gives the
+        next time stamp or, where packets are in doubt, the next frame that is decoded."""
         frame = None
         for packet in self._packets():
             self._decoder.skip_frame = "NONREF" if self._not_wanted(packet) else "DEFAULT"
@@ -439,6 +439,7 @@ class VideoReader(contextlib.AbstractContextManager):
             for coming in decoded:
                 if coming.pts is None:
                     continue
+                # a packet of an interlaced file may hold half a frame
                 if self._stamps.count(coming.pts) != 1 or coming.interlaced_frame:
                     self._sure = False
                 if self._sure:
@@ -446,16 +447,16 @@ class VideoReader(contextlib.AbstractContextManager):
                 elif frame:
                     yield frame, coming.pts
                 frame = coming
-        self._sure = False  # if it is True here, a packet's frame has not come
+        self._sure = False  # if it was still True, the frame of a packet has not come
         if frame:
             yield frame, math.inf
 
     def _packets(self):
-        """Yield packets in the order of decoding. While they are trusted, 20 are read ahead: in
-        H.264 and MPEG-2 at most 16 frames are decoded before one that is displayed before them."""
+        """Yield packets in the order of decoding. Unless they are in doubt, 20 are read ahead:
+        H.264 and MPEG-2 decode at most 16 frames before one that is displayed earlier."""
         self._stamps = [math.inf]  # sorted, of the last packets that were read
         ahead = collections.deque()
-        # a damaged file, and PyAV at the end of one in which other streams have begun on the way
+        # a damaged file ends here; PyAV raises IndexError at the end if it met new streams
         with contextlib.suppress(av.error.InvalidDataError, IndexError):
             for packet in self._container.demux(self._stream):
                 ahead.append(packet)
@@ -469,7 +470,7 @@ class VideoReader(contextlib.AbstractContextManager):
         yield from ahead
 
     def _not_wanted(self, packet):
-        """Whether no limit lies between the packet's frame and the next."""
+        """Whether no limit lies between this packet's frame and the next frame."""
         if not self._sure or not self._limits or packet.pts is None:
             return False
         i = bisect.bisect_left(self._limits, packet.pts)
