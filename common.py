@@ -391,9 +391,10 @@ class VideoReader(contextlib.AbstractContextManager):
 
     def _pictures(self, limits):
         """The pictures of all limits, in one pass, before rotation."""
-        if self._limits:  # there was a pass before
-            self._reopen()
+        earlier = self._limits
         self._limits = sorted(limits.ravel().tolist())
+        if earlier:  # this is not the first pass
+            self._reopen()
         sides = [self._first.height, self._first.width]
         if self.short_side:
             scale = self.short_side / min(sides)

@@ -726,6 +726,16 @@ def test_skipping_changes_no_bit_elsewhere(tmp_path, name, options):
     assert unwanted > packets / 4
 
 
+def test_reading_again_still_skips(tmp_path):
+    """What an earlier read did not want has no say in what the next one skips."""
+    options = x264(b_pyramid="normal", b_adapt=0)
+    path = make_video(tmp_path / "a.mp4", n=75, bframes=3, codec_options=options)
+    with VideoReader(path) as reader:
+        reader.read([2.0])
+        assert read_counters(reader.read(np.arange(8) / 30)) == list(range(8))
+        assert reader._sure
+
+
 @pytest.mark.parametrize("name", ["interlaced.ts", "mpeg4-b.avi", "hevc.mp4", "h264.avi"])
 def test_all_is_decoded_where_skipping_is_not_sure(tmp_path, name):
     """With fields, with other codecs, and in an avi file, whose packets have no time stamps."""
