@@ -302,211 +302,190 @@ def _open(path):
     return av.open(f"file:{path}", options=options)
 
 
-class VideoReader:
+class VideoReader(contextlib.AbstractContextManager):
     """A video file, read in one thread; times are seconds from its first frame.
 
     short_side: pixels, to which frames are scaled; the long side is at most 16 times as long.
     Opening, `duration` and `read` raise a ValueError that begins with the path if they cannot.
-    Inside, a limit is a time stamp (pts, in units of time_base) of which the last frame up to it is
-    wanted; packets, of a frame each, come in the order in which frames need each other."""
+
+    Inside, times are time stamps (pts, in units of time_base). A limit is a time stamp; the last
+    frame up to it is wanted. The decoder skips a frame that is neither wanted nor a reference for
+    others (NONREF). All other frames stay the same, bit for bit. The time stamps of packets, which
+    are read ahead, say which frames are not wanted. On any doubt about them all is decoded."""
 
     def __init__(self, path, short_side=None):
         self.path = path
         self.short_side = short_side
-        self._may_skip = True
-        self._been_read = False
+        self._limits = []  # sorted; empty until the first read
+        self._sure = True  # no doubt yet: each packet has the time stamp of its frame
         with _reasons(path):
             self._open()
-
-    def __enter__(self):
-        return self
+            self._first = self._shown
+            if self._first is None:
+                raise ValueError("no frame with a time stamp can be decoded")
 
     def __exit__(self, *_):
         self.close()
 
     def close(self):
+        self._frames = None  # a generator, which refers to this object
         self._container.close()
 
     def _open(self):
-        """Open the file and decode the first frame, which says where time begins."""
+        """Open the file and decode its first frame."""
         self._container = _open(self.path)
         self._stream = self._container.streams.best("video")
         if self._stream is None or self._stream.codec_context is None:  # or of an unknown codec
             raise ValueError("no video stream")
-        self._stream.thread_type = "NONE"
         self._decoder = self._stream.codec_context
         self._decoder.thread_count = 1
-        self._second = 1 / self._stream.time_base
-        self._skipping = False
+        self._second = float(1 / self._stream.time_base)
+        if self._decoder.name not in ("h264", "mpeg2video") or self._container.format.name == "avi":
+            self._sure = False
         self._start_decoding()
-        self._first = self._shown = self._coming
-        if self._first is None:
-            raise ValueError("no frame with a time stamp can be decoded")
+
+    def _reopen(self):
+        self.close()
+        self._open()
 
     @functools.cached_property
     def duration(self):
         """Seconds; from the header if it says, else from all packets."""
         if self._stream.duration:
-            return float(self._stream.duration / self._second)
+            return self._stream.duration / self._second
         if self._container.duration:  # counted from 0, wherever the first frame is
-            return self._container.duration / av.time_base - max(0.0, self._first.time)
+            return self._container.duration / av.time_base - self._first.time
         with _reasons(self.path), _open(self.path) as scan:
             packets = scan.demux(scan.streams.best("video"))
-            last = max(packet.pts for packet in packets if packet.pts is not None)
-        return float((last - self._first.pts) / self._second)
+            last = max(packet.pts or 0 for packet in packets)
+        return (last - self._first.pts) / self._second
 
     def read(self, times):
         """Frames at times of any shape, in any order, in one pass through the file.
 
         At time t it is the last frame whose time stamp is at most t + 1 ms; past the end the last.
         Returns (*times.shape, H, W, 3) uint8 RGB, upright, scaled from the first frame's size."""
-        times = np.asarray(times, float)
-        seconds = np.clip(times.ravel(), 0, 1e9) + 1e-3
+        seconds = np.clip(times, 0, 1e9) + 1e-3
+        limits = self._first.pts + (seconds * self._second).astype(int)
+        was_sure = self._sure
         with _reasons(self.path):
-            if self._been_read:
-                self._reopen()
-            self._been_read = True
-            limits = self._first.pts + (seconds * float(self._second)).astype(int)
-            pictures = self._pictures(limits.tolist())
-        return pictures.reshape(*times.shape, *pictures.shape[1:])
-
-    def _reopen(self):
-        self.close()
-        self._open()
-
-    def _pictures(self, limits):
-        self._limits = sorted(limits)
-        sure = self._decoder.name in ("h264", "mpeg2video") and not self._first.interlaced_frame
-        self._skipping = sure and self._may_skip and self._container.format.name != "avi"
-        height, width = self._size()
-        pictures = np.empty((len(limits), height, width, 3), np.uint8)
-        reformatter = av.video.reformatter.VideoReformatter()
-        shown = None
-        for k in np.argsort(limits, kind="stable"):
-            frame = self._frame_at(limits[k])
-            if frame is not shown:  # converted and scaled in one go
-                picture = reformatter.reformat(frame, width, height, "rgb24", threads=1)
-                picture = picture.to_ndarray()
-            pictures[k] = picture
-            shown = frame
+            pictures = self._pictures(limits)
+            if self._sure != was_sure:  # a wanted frame may have been skipped: decode all
+                pictures = self._pictures(limits)
         degrees = self._first.rotation
         if abs(degrees) > 360:  # the matrix is damaged
             return pictures
-        return np.rot90(pictures, round(degrees / 90), axes=(1, 2))
+        return np.rot90(pictures, round(degrees / 90), axes=(-3, -2))
 
-    def _size(self):
-        """Height and width before rotation."""
-        sides = self._first.height, self._first.width
-        if self.short_side is None:
-            return sides
-        scale = self.short_side / min(sides)
-        return [min(round(side * scale), 16 * self.short_side) for side in sides]
+    def _pictures(self, limits):
+        """The pictures of all limits, in one pass, before rotation."""
+        earlier = self._limits
+        self._limits = sorted(limits.ravel().tolist())
+        if earlier:  # this is not the first pass
+            self._reopen()
+        sides = [self._first.height, self._first.width]
+        if self.short_side:
+            scale = self.short_side / min(sides)
+            sides = [min(round(side * scale), 16 * self.short_side) for side in sides]
+        height, width = sides
+        pictures = np.empty((*limits.shape, height, width, 3), np.uint8)
+        reformatter = av.video.reformatter.VideoReformatter()
+        converted = None
+        for place in sorted(np.ndindex(limits.shape), key=lambda place: limits[place]):
+            self._go_to(limits[place])
+            if self._shown is not converted:
+                converted = self._shown
+                picture = reformatter.reformat(converted, width, height, "rgb24", threads=1)
+                picture = picture.to_ndarray()
+            pictures[place] = picture
+        return pictures
 
-    def _frame_at(self, limit):
-        """The frame of a limit, which is not below that of the call before."""
+    def _go_to(self, limit):
+        """Decode up to the frame of a limit, which is not below that of the call before."""
         if self._worth_seeking(limit):
             self._seek(limit)
-        while not self._is_known_last(limit):
-            self._coming = self._coming or self._next_frame()
-            if self._coming is None or self._coming.pts > limit:
-                break
-            self._shown = self._coming
-            self._coming = None
-        if self._shown.interlaced_frame or set(self._stamps_up_to(limit)) != {self._shown.pts}:
-            self._may_skip = False  # not the frame that the packets promised, or a field of it
-        if self._skipping and not self._may_skip:
-            self._reopen()
-            return self._frame_at(limit)
-        return self._shown
+        while self._until <= limit:
+            self._shown, self._until = next(self._frames)
+        if self._shown.pts > limit:  # a packet's frame has not come
+            self._sure = False
 
     def _start_decoding(self):
         """From where the container is now."""
-        self._packets = self._container.demux(self._stream)
-        self._ahead = collections.deque()  # packets that are read, but not decoded
-        self._stamps = []  # of all packets that are read, sorted
-        self._frames = []  # that are decoded, but not taken
-        self._coming = self._next_frame()
+        self._frames = self._decode()
+        self._shown, self._until = next(self._frames, (None, math.inf))
 
-    def _next_frame(self):
-        """The next one that has a time stamp; None at the end."""
-        while not self._frames:
+    def _decode(self):
+        """Yield (frame, time stamp of the next frame) in the order of display. A packet gives the
+        next time stamp or, where packets are in doubt, the next frame that is decoded."""
+        frame = None
+        for packet in self._packets():
+            self._decoder.skip_frame = "NONREF" if self._not_wanted(packet) else "DEFAULT"
             try:
-                packet = self._next_packet()
-                if packet is None:
-                    return None
-                self._decoder.skip_frame = "NONREF" if self._not_wanted(packet) else "DEFAULT"
                 decoded = packet.decode()
-                self._frames += [frame for frame in decoded if frame.pts is not None]
-                self._may_skip &= not any(frame.is_corrupt for frame in decoded)
-            except av.error.InvalidDataError:  # a damaged packet
-                self._may_skip = False
-            except IndexError:  # of a stream that begins here, which a new demuxer knows
-                self._packets = self._container.demux(self._stream)
-        return self._frames.pop(0)
+            except av.error.InvalidDataError:
+                self._sure = False
+                continue
+            for coming in decoded:
+                if coming.pts is None:
+                    continue
+                # a packet of an interlaced file may hold half a frame
+                if self._stamps.count(coming.pts) != 1 or coming.interlaced_frame:
+                    self._sure = False
+                if self._sure:
+                    yield coming, self._stamp_after(coming.pts)
+                elif frame:
+                    yield frame, coming.pts
+                frame = coming
+        self._sure = False  # if it was still True, the frame of a packet has not come
+        if frame:
+            yield frame, math.inf
 
-    # A frame that is not wanted and that no other refers to (NONREF) is not decoded, which leaves
-    # all others as they are, bit for bit. Only where packets have the time stamps of their frames:
-    # not in an avi, nor with fields, of which a packet may hold one. Where data are damaged, all is
-    # decoded if the decoder says so, but the frames after may be concealed in another way.
-
-    def _next_packet(self):
-        """The next one to decode, None at the end; others are read ahead for their time stamps."""
-        while len(self._ahead) <= 8 * self._skipping:
-            packet = next(self._packets, None)
-            if packet is None:
-                break
-            self._ahead.append(packet)
-            if packet.size and (packet.pts is None or packet.is_corrupt):
-                self._may_skip = False
-            elif packet.size and not packet.is_discard:
-                bisect.insort(self._stamps, packet.pts)
-        return self._ahead.popleft() if self._ahead else None
+    def _packets(self):
+        """Yield packets in the order of decoding. Unless they are in doubt, 20 are read ahead:
+        H.264 and MPEG-2 decode at most 16 frames before one that is displayed earlier."""
+        self._stamps = [math.inf]  # sorted, of the last packets that were read
+        ahead = collections.deque()
+        # a damaged file ends here; PyAV raises IndexError at the end if it met new streams
+        with contextlib.suppress(av.error.InvalidDataError, IndexError):
+            for packet in self._container.demux(self._stream):
+                ahead.append(packet)
+                if packet.pts is not None:
+                    bisect.insort(self._stamps, packet.pts)
+                    del self._stamps[:-64]
+                elif packet.size:
+                    self._sure = False
+                while len(ahead) > 20 * self._sure:
+                    yield ahead.popleft()
+        yield from ahead
 
     def _not_wanted(self, packet):
-        """Whether the limit that follows, if any, is known to be another frame's."""
-        if not self._skipping or packet.pts is None:
+        """Whether no limit lies between this packet's frame and the next frame."""
+        if not self._sure or not self._limits or packet.pts is None:
             return False
         i = bisect.bisect_left(self._limits, packet.pts)
-        j = bisect.bisect_right(self._stamps, packet.pts)
-        if i == len(self._limits):
-            return True
-        return j < len(self._stamps) and self._stamps[j] <= self._limits[i]
+        return i == bisect.bisect_left(self._limits, self._stamp_after(packet.pts))
 
-    def _stamps_up_to(self, limit):
-        """Of packets that were read, from the frame shown on."""
-        i = bisect.bisect_left(self._stamps, self._shown.pts)
-        return self._stamps[i : bisect.bisect_right(self._stamps, limit)]
-
-    def _is_known_last(self, limit):
-        """Whether the frame shown is the last up to a limit, without a look at the next."""
-        if not self._skipping or not self._ahead or self._ahead[-1].dts is None:
-            return False
-        return self._ahead[-1].dts > limit and self._stamps_up_to(limit) == [self._shown.pts]
+    def _stamp_after(self, pts):
+        return self._stamps[bisect.bisect_right(self._stamps, pts)]
 
     def _worth_seeking(self, limit):
         """Whether a key frame lies between the coming frame and a limit, or is likely to."""
-        at_end = self._coming is None and not self._ahead
-        if at_end or self._container.format.name == "mpeg":
+        if self._container.format.name == "mpeg":
             return False  # an mpg file has too few time stamps to know where a seek has led
-        here = (self._coming or self._shown).pts
         index = self._stream.index_entries
-        if len(index):
-            # an mp4's index says when frames are decoded, which is earlier
-            delay = max(0, self._first.pts - index[0].timestamp)
-            i = index.search_timestamp(limit - delay)
-            if i >= 0 and index[i].timestamp - here > self._second / 10:
-                return True
-            here = max(here, index[len(index) - 1].timestamp)
-        return limit - here > 2 * self._second  # the index, if any, ends before
+        i = index.search_timestamp(int(limit - self._second / 10))
+        if 0 <= i < len(index) - 1:
+            return index[i].timestamp > self._until
+        return limit - self._until > 2 * self._second  # the index, if any, ends before
 
     def _seek(self, limit):
         """Go on from a key frame at or before a limit."""
         for seconds in (0, 2, 20):  # it may lead too far
-            place = max(math.floor(limit - seconds * self._second), self._first.pts)
             with contextlib.suppress(av.FFmpegError):
+                place = int(limit - seconds * self._second)
                 self._container.seek(place, stream=self._stream)
                 self._start_decoding()
-                if self._coming and self._coming.pts <= limit:
+                if self._shown and self._shown.pts <= limit:
                     return
         self._reopen()
 

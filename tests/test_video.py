@@ -726,6 +726,16 @@ def test_skipping_changes_no_bit_elsewhere(tmp_path, name, options):
     assert unwanted > packets / 4
 
 
+def test_reading_again_still_skips(tmp_path):
+    """What an earlier read did not want has no say in what the next one skips."""
+    options = x264(b_pyramid="normal", b_adapt=0)
+    path = make_video(tmp_path / "a.mp4", n=75, bframes=3, codec_options=options)
+    with VideoReader(path) as reader:
+        reader.read([2.0])
+        assert read_counters(reader.read(np.arange(8) / 30)) == list(range(8))
+        assert reader._sure
+
+
 @pytest.mark.parametrize("name", ["interlaced.ts", "mpeg4-b.avi", "hevc.mp4", "h264.avi"])
 def test_all_is_decoded_where_skipping_is_not_sure(tmp_path, name):
     """With fields, with other codecs, and in an avi file, whose packets have no time stamps."""
@@ -733,7 +743,7 @@ def test_all_is_decoded_where_skipping_is_not_sure(tmp_path, name):
     path = make_video(tmp_path / name, **options)
     with VideoReader(path) as reader:
         reader.read([0.3, 1.1, 1.2])
-        assert not reader._skipping
+        assert not reader._sure
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -761,17 +771,17 @@ def test_frames_that_do_not_come_make_it_read_again(tmp_path):
     the promise of one that does not exist, 10 ms after each."""
 
     class Promising(VideoReader):
-        def _next_packet(self):
-            packet = super()._next_packet()
+        def _packets(self):
             late = round(self._second / 100)
-            self._stamps = sorted({*self._stamps, *(stamp + late for stamp in self._stamps)})
-            return packet
+            for packet in super()._packets():
+                self._stamps = sorted({*self._stamps, *(stamp + late for stamp in self._stamps)})
+                yield packet
 
     path = make_video(tmp_path / "a.mp4", n=75, bframes=3)
     times = [1.52, 0.31, 2.1, 0.32]
     with Promising(path) as reader:
         pictures = reader.read(times)
-        assert not reader._may_skip
+        assert not reader._sure
         assert (reader.read(times) == pictures).all()
     assert read_counters(pictures) == [45, 9, 63, 9]
 
