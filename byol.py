@@ -8,8 +8,8 @@ Idea     Predict, from one clip, what a slowly moving copy of the network (the t
          suffice is not fully understood.
 Loss     2 - 2 cos(q_i, k_j), the mean over videos and ordered pairs of views i != j; q is the
          prediction, k the projection by the target.
-rho      rho clips of a video are decoded; each goes through both networks; rho (rho - 1) ordered
-         positive pairs. rho = 1: one clip is augmented twice.
+rho      V = max(2, rho) views of a video: rho clips or, at rho 1, one clip augmented twice. Each
+         goes through both networks; V (V - 1) ordered positive pairs.
 Recipe   torchrun --nproc_per_node=8 byol.py --data kinetics/train
          The released configuration. K400 linear, released model: 67.4 at rho 2, 70.1 at rho 4;
          paper: 65.8 and 68.9.
@@ -33,20 +33,20 @@ from common import arg
 @dataclass
 class Config(common.Config):
     rho: int = arg(2, "clips per video, sampled at different times")
-    timespan: float = arg(math.inf, "all clips of a video start within this many seconds")
+    timespan: float = arg(math.inf, "seconds between a video's first and last clip start, at most")
     backbone: str = arg("slow_r50", "the network", choices=common.BACKBONES)
     frames: int = arg(8, "frames per clip")
     stride: int = arg(8, "temporal stride, in frames at 30 fps")
     short_side: tuple[int, int] = arg((256, 256), "range of the resized short side, in pixels")
     size: int = arg(224, "crop size in pixels")
-    augment: str = arg("crop,flip,jitter,gray,blur", "also rotate,cutout,noise,sobel or none")
+    augment: str = arg("crop,flip,jitter,gray,blur", "or with rotate,cutout,noise,sobel; none")
     crop_area: tuple[float, float] = arg((0.2, 0.766), "min and max crop area, as a fraction")
     color_strength: float = arg(0.75, "strength of the color jitter")
     epochs: int = arg(200, "passes over the videos")
     batch_size: int = arg(64, "global batch size, in videos")
     optimizer: str = arg("lars", "the optimizer", choices=common.OPTIMIZERS)
-    lr: float = arg(0.6, "learning rate per 128 views of a step, where the half cosine starts")
-    warmup: float = arg(0.175, "linear warm-up onto the half cosine, as a share of the run")
+    lr: float = arg(0.6, "learning rate at the half cosine's start, per 128 views of a step")
+    warmup: float = arg(0.175, "share of the run: linear warm-up, which ends on the half cosine")
     weight_decay: float = arg(1e-6, "weight decay, on all weights but BN's")
     knn_every: int = arg(0, "run the kNN evaluation every N epochs (0: never)")
     sync_bn: bool = arg(True, "on GPUs: BN over all ranks")
@@ -54,10 +54,10 @@ class Config(common.Config):
     projector_bn: bool = arg(True, "BN after the projector's hidden layers")
     predictor: tuple[int, ...] = arg((4096, 256), "layer widths of the predictor, with BN")
     target_momentum: float = arg(0.996, "initial EMA momentum of the target network")
-    target_momentum_end: float = arg(1.0, "final EMA momentum; equal to the initial: constant")
+    target_momentum_end: float = arg(1.0, "final EMA momentum; the initial one: constant")
 
 
-# defaults without --data and with --small: they learn in minutes on a CPU
+# defaults if --data is missing or --small is given: they learn in minutes on a CPU
 DEMO = common.DEMO | dict(lr=2.4e-3, batch_size=20, projector=(1024, 64), projector_bn=True)
 DEMO |= dict(predictor=(1024, 64), target_momentum=0.9)
 
@@ -66,7 +66,7 @@ DEMO |= dict(predictor=(1024, 64), target_momentum=0.9)
 
 
 def sample_clips(duration, clip_seconds, rho, timespan, rng):
-    """Starts (rho,) of the clips in seconds: i.i.d. uniform, within `timespan` of each other."""
+    """Starts (rho,) of the clips in seconds: i.i.d. uniform, in a random window of `timespan`."""
     first, last = 0.0, max(0.0, duration - clip_seconds)
     if timespan < last:
         first = rng.uniform(0.0, last - timespan)
@@ -127,7 +127,7 @@ def main(argv=None):
     optimizer = common.make_optimizer(model, cfg)
     chance = 2.0  # orthogonal features: cos = 0
     run = common.Run(cfg, dataset, model, optimizer, chance)
-    for batch in run.batches():  # sets the lr; logs, saves, goes on after a stop
+    for batch in run.batches():  # sets the lr, logs, saves, resumes; a NaN loss ends the run
         with common.autocast():
             q, k = network(batch["clips"])  # (B, V, D) each, float32
         loss = regression_loss(q, k)

@@ -5,11 +5,11 @@ Paper    He et al., 2020 (arXiv 1911.05722); rho clips: Feichtenhofer et al., 20
 Idea     Match a query clip to another clip of the same video among many negatives. The negatives
          are keys from earlier steps, kept in a queue. A slow copy of the encoder (the target)
          computes the keys, so that old and new keys stay comparable. The batch can be small.
-Loss     -log(e^s_ij / (e^s_ij + sum over keys n of the queue of e^s_in)), the mean over videos and
+Loss     -log(e^s_ij / (e^s_ij + sum of e^s_in over the queue's keys n)), the mean over videos and
          ordered pairs of views i != j; s_ij = cos(q_i, k_j) / temperature; k by the target.
-rho      rho clips of a video are decoded; each goes through both networks; rho (rho - 1) ordered
-         positive pairs, a softmax each (the paper's eq. (1) sums them inside the log: the same at
-         rho 2); rho keys per video enter the queue. rho = 1: one clip is augmented twice.
+rho      V = max(2, rho) views of a video: rho clips or, at rho 1, one clip augmented twice. Each of
+         the V (V - 1) ordered pairs has its own softmax; eq. (1) of the paper has one for all
+         positives of a query (the same at V = 2). V keys per video enter the queue.
 Recipe   torchrun --nproc_per_node=8 moco.py --data kinetics/train
          The released configuration. K400 linear at rho 2, 4: released 66.6, 71.0; paper 65.8, 67.8.
 """
@@ -32,20 +32,20 @@ from common import arg
 @dataclass
 class Config(common.Config):
     rho: int = arg(2, "clips per video, sampled at different times")
-    timespan: float = arg(math.inf, "all clips of a video start within this many seconds")
+    timespan: float = arg(math.inf, "seconds between a video's first and last clip start, at most")
     backbone: str = arg("slow_r50", "the network", choices=common.BACKBONES)
     frames: int = arg(8, "frames per clip")
     stride: int = arg(8, "temporal stride, in frames at 30 fps")
     short_side: tuple[int, int] = arg((256, 256), "range of the resized short side, in pixels")
     size: int = arg(224, "crop size in pixels")
-    augment: str = arg("crop,flip,jitter,gray,blur", "also rotate,cutout,noise,sobel or none")
+    augment: str = arg("crop,flip,jitter,gray,blur", "or with rotate,cutout,noise,sobel; none")
     crop_area: tuple[float, float] = arg((0.2, 0.766), "min and max crop area, as a fraction")
     color_strength: float = arg(0.75, "strength of the color jitter")
     epochs: int = arg(200, "passes over the videos")
     batch_size: int = arg(64, "global batch size, in videos")
     optimizer: str = arg("sgd", "the optimizer", choices=common.OPTIMIZERS)
-    lr: float = arg(0.05, "learning rate per 128 views of a step, where the half cosine starts")
-    warmup: float = arg(0.175, "linear warm-up onto the half cosine, as a share of the run")
+    lr: float = arg(0.05, "learning rate at the half cosine's start, per 128 views of a step")
+    warmup: float = arg(0.175, "share of the run: linear warm-up, which ends on the half cosine")
     weight_decay: float = arg(1e-4, "weight decay, on all weights but BN's")
     knn_every: int = arg(0, "run the kNN evaluation every N epochs (0: never)")
     sync_bn: bool = arg(False, "on GPUs: BN over all ranks")
@@ -53,11 +53,11 @@ class Config(common.Config):
     projector_bn: bool = arg(False, "BN after the projector's hidden layers")
     temperature: float = arg(0.1, "softmax temperature")
     target_momentum: float = arg(0.994, "initial EMA momentum of the target network")
-    target_momentum_end: float = arg(1.0, "final EMA momentum; equal to the initial: constant")
+    target_momentum_end: float = arg(1.0, "final EMA momentum; the initial one: constant")
     queue: int = arg(65536, "queue length, in keys")
 
 
-# defaults without --data and with --small: they learn in minutes on a CPU
+# defaults if --data is missing or --small is given: they learn in minutes on a CPU
 DEMO = common.DEMO | dict(lr=4.8e-3, projector=(256, 64), projector_bn=True)
 DEMO |= dict(temperature=0.2, target_momentum=0.95, queue=240)
 
@@ -66,7 +66,7 @@ DEMO |= dict(temperature=0.2, target_momentum=0.95, queue=240)
 
 
 def sample_clips(duration, clip_seconds, rho, timespan, rng):
-    """Starts (rho,) of the clips in seconds: i.i.d. uniform, within `timespan` of each other."""
+    """Starts (rho,) of the clips in seconds: i.i.d. uniform, in a random window of `timespan`."""
     first, last = 0.0, max(0.0, duration - clip_seconds)
     if timespan < last:
         first = rng.uniform(0.0, last - timespan)
@@ -75,13 +75,13 @@ def sample_clips(duration, clip_seconds, rho, timespan, rng):
 
 
 def info_nce(q, k, queue, temperature):
-    """InfoNCE: each query must pick out the keys of the same video's other views against the queue.
-    q, k (B, V, D), queue (K, D) of unit length -> the mean over pairs i != j; 0 if K = 0."""
+    """InfoNCE: each query must tell the key of another view of its video from the queue's. q, k
+    (B, V, D), queue (K, D), its rows of unit length -> the mean over pairs i != j; 0 if K = 0."""
     B, V, _ = q.shape
     q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     negatives = (torch.einsum("bid,nd->bin", q, queue) / temperature).logsumexp(dim=-1)  # (B, V)
     positives = torch.einsum("bid,bjd->bij", q, k) / temperature  # (B, V, V)
-    losses = F.softplus(negatives[:, :, None] - positives)  # -log(e^p / (e^p + e^n))
+    losses = F.softplus(negatives[:, :, None] - positives)  # -log(e^p / (e^p + sum e^n))
     different_views = 1 - torch.eye(V, device=q.device)  # (V, V)
     return (losses * different_views).sum() / (B * V * (V - 1))
 
@@ -101,7 +101,7 @@ class MoCo(nn.Module):
         """(B, V, 3, T, H, W) -> queries, keys, each (B, V, D), float32."""
         q = common.encode_views(self.encoder, clips, self.low_memory)
         with torch.no_grad():
-            k = encode_shuffled(self.target, clips, seed=self.enqueued)
+            k = encode_shuffled(self.target, clips, seed=self.enqueued)  # the same on all ranks
         return q, k
 
     def get_extra_state(self):  # for the checkpoint
@@ -112,16 +112,16 @@ class MoCo(nn.Module):
 
 
 def encode_shuffled(network, clips, seed):
-    """Shuffling BN (MoCo, section 3.3): (B, V, ...) -> (B, V, D), by way of other ranks. Query and
-    key are normalised in different batches; else BN statistics could give away the positive."""
-    if common.world_size() == 1:  # nobody to shuffle with
+    """Shuffling BN (MoCo, section 3.3): (B, V, ...) -> (B, V, D). Each rank encodes a random share
+    of all ranks' videos: in one batch, BN statistics could tell a query which key is its own."""
+    if common.world_size() == 1:  # query and key share their batch
         return common.encode_views(network, clips)
-    half = torch.is_autocast_enabled("cuda")  # then bfloat16 is what the network takes
-    clips = common.gather(clips.bfloat16() if half else clips)  # (W * B, V, ...)
+    bf16 = torch.is_autocast_enabled("cuda")  # the network would convert them: send less
+    clips = common.gather(clips.bfloat16() if bf16 else clips)  # (W * B, V, ...)
     order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(seed))  # (W * B,)
     order = order.to(clips.device, non_blocking=True)  # else each use would wait for the GPU
     keys = common.encode_views(network, clips[common.local_part(order)])  # (B, V, D), shuffled
-    return common.local_part(common.gather(keys)[order.argsort()])
+    return common.local_part(common.gather(keys)[order.argsort()])  # in the old order
 
 
 def target_momentum(start, end, progress):
@@ -158,11 +158,11 @@ def main(argv=None):
     model = MoCo(cfg).to(common.device())
     network = common.wrap_ddp(model, cfg)
     optimizer = common.make_optimizer(model, cfg)
-    chance = math.log(cfg.queue + 1)  # all keys alike, the queue full; less before, 0 at first
+    chance = math.log(cfg.queue + 1)  # all keys alike, once the queue is full; 0 at first
     run = common.Run(cfg, dataset, model, optimizer, chance)
     if cfg.queue > cfg.num_views * len(dataset):
-        common.print_main("WARN one epoch does not fill the queue; use a smaller --queue")
-    for batch in run.batches():  # sets the lr; logs, saves, goes on after a stop
+        common.print_main("WARN the queue will hold a video's own old keys; use a smaller --queue")
+    for batch in run.batches():  # sets the lr, logs, saves, resumes; a NaN loss ends the run
         with common.autocast():
             q, k = network(batch["clips"])  # (B, V, D) each, float32
         filled = min(model.enqueued, cfg.queue)

@@ -6,9 +6,9 @@ Idea     Pull the clips of one video together and push them away from the clips 
          of the batch, on all GPUs. The push prevents collapse (all features equal).
 Loss     -log(e^s_ij / (e^s_ij + sum over views n of other videos of e^s_in)), the mean over videos
          and ordered pairs of views i != j; s = cos(z_i, z_j) / temperature.
-rho      rho clips of a video are decoded and encoded; rho (rho - 1) ordered positive pairs. No
-         positive is in the denominator of another (the paper's eq. (1) sums them in the log: the
-         same at rho 2). rho = 1: one clip is augmented twice.
+rho      V = max(2, rho) views of a video: rho clips or, at rho 1, one clip augmented twice. Each of
+         the V (V - 1) ordered pairs has its own softmax, with no other positive in it; eq. (1) of
+         the paper has one for all positives of a clip (the same at V = 2).
 Recipe   torchrun --nproc_per_node=8 simclr.py --data kinetics/train
          The released configuration; BN in the projector is the paper's. K400 linear, released
          model: 61.5 at rho 2; paper: 60.5 at rho 2, 62.0 at rho 3.
@@ -31,20 +31,20 @@ from common import arg
 @dataclass
 class Config(common.Config):
     rho: int = arg(2, "clips per video, sampled at different times")
-    timespan: float = arg(math.inf, "all clips of a video start within this many seconds")
+    timespan: float = arg(math.inf, "seconds between a video's first and last clip start, at most")
     backbone: str = arg("slow_r50", "the network", choices=common.BACKBONES)
     frames: int = arg(8, "frames per clip")
     stride: int = arg(8, "temporal stride, in frames at 30 fps")
     short_side: tuple[int, int] = arg((224, 224), "range of the resized short side, in pixels")
     size: int = arg(224, "crop size in pixels")
-    augment: str = arg("crop,flip,jitter,gray,blur", "also rotate,cutout,noise,sobel or none")
+    augment: str = arg("crop,flip,jitter,gray,blur", "or with rotate,cutout,noise,sobel; none")
     crop_area: tuple[float, float] = arg((0.2, 0.766), "min and max crop area, as a fraction")
     color_strength: float = arg(0.75, "strength of the color jitter")
     epochs: int = arg(200, "passes over the videos")
     batch_size: int = arg(64, "global batch size, in videos")
     optimizer: str = arg("lars", "the optimizer", choices=common.OPTIMIZERS)
-    lr: float = arg(0.6, "learning rate per 128 views of a step, where the half cosine starts")
-    warmup: float = arg(0.175, "linear warm-up onto the half cosine, as a share of the run")
+    lr: float = arg(0.6, "learning rate at the half cosine's start, per 128 views of a step")
+    warmup: float = arg(0.175, "share of the run: linear warm-up, which ends on the half cosine")
     weight_decay: float = arg(1e-6, "weight decay, on all weights but BN's")
     knn_every: int = arg(0, "run the kNN evaluation every N epochs (0: never)")
     sync_bn: bool = arg(True, "on GPUs: BN over all ranks")
@@ -53,7 +53,7 @@ class Config(common.Config):
     temperature: float = arg(0.1, "softmax temperature")
 
 
-# defaults without --data and with --small: they learn in minutes on a CPU
+# defaults if --data is missing or --small is given: they learn in minutes on a CPU
 DEMO = common.DEMO | dict(lr=4.8e-3, projector=(256, 64), projector_bn=True)
 DEMO |= dict(temperature=0.2)
 
@@ -62,7 +62,7 @@ DEMO |= dict(temperature=0.2)
 
 
 def sample_clips(duration, clip_seconds, rho, timespan, rng):
-    """Starts (rho,) of the clips in seconds: i.i.d. uniform, within `timespan` of each other."""
+    """Starts (rho,) of the clips in seconds: i.i.d. uniform, in a random window of `timespan`."""
     first, last = 0.0, max(0.0, duration - clip_seconds)
     if timespan < last:
         first = rng.uniform(0.0, last - timespan)
@@ -110,7 +110,7 @@ def main(argv=None):
     optimizer = common.make_optimizer(model, cfg)
     chance = math.log(1 + cfg.num_views * (cfg.batch_size - 1))  # all views alike
     run = common.Run(cfg, dataset, model, optimizer, chance)
-    for batch in run.batches():  # sets the lr; logs, saves, goes on after a stop
+    for batch in run.batches():  # sets the lr, logs, saves, resumes; a NaN loss ends the run
         with common.autocast():
             z = network(batch["clips"])  # (B, V, D), float32
         z = common.gather(z)  # (W * B, V, D): the negatives are those of all ranks

@@ -7,8 +7,8 @@ Idea     Assign each clip to prototypes and predict its assignment, the code, fr
          which rules out the trivial solution.
 Loss     - sum over prototypes of code_i log softmax(scores_j / temperature), the mean over videos
          and ordered pairs of views i != j.
-rho      rho clips of a video are decoded and encoded; rho (rho - 1) ordered pairs; rho assignment
-         problems, each over view i of the videos of all ranks. rho = 1: one clip, augmented twice.
+rho      V = max(2, rho) views of a video: rho clips or, at rho 1, one clip augmented twice. V
+         assignments, each of view i of all ranks' videos; V (V - 1) ordered pairs.
 Recipe   torchrun --nproc_per_node=8 swav.py --data kinetics/train
          The released configuration. K400 linear, released model: 62.6 at rho 2; paper: 61.6 at
          rho 2, 62.7 at rho 3.
@@ -31,20 +31,20 @@ from common import arg
 @dataclass
 class Config(common.Config):
     rho: int = arg(2, "clips per video, sampled at different times")
-    timespan: float = arg(math.inf, "all clips of a video start within this many seconds")
+    timespan: float = arg(math.inf, "seconds between a video's first and last clip start, at most")
     backbone: str = arg("slow_r50", "the network", choices=common.BACKBONES)
     frames: int = arg(8, "frames per clip")
     stride: int = arg(8, "temporal stride, in frames at 30 fps")
     short_side: tuple[int, int] = arg((224, 224), "range of the resized short side, in pixels")
     size: int = arg(224, "crop size in pixels")
-    augment: str = arg("crop,flip,jitter,gray,blur", "also rotate,cutout,noise,sobel or none")
+    augment: str = arg("crop,flip,jitter,gray,blur", "or with rotate,cutout,noise,sobel; none")
     crop_area: tuple[float, float] = arg((0.2, 0.766), "min and max crop area, as a fraction")
     color_strength: float = arg(0.75, "strength of the color jitter")
     epochs: int = arg(200, "passes over the videos")
     batch_size: int = arg(64, "global batch size, in videos")
     optimizer: str = arg("lars", "the optimizer", choices=common.OPTIMIZERS)
-    lr: float = arg(0.6, "learning rate per 128 views of a step, where the half cosine starts")
-    warmup: float = arg(0.175, "linear warm-up onto the half cosine, as a share of the run")
+    lr: float = arg(0.6, "learning rate at the half cosine's start, per 128 views of a step")
+    warmup: float = arg(0.175, "share of the run: linear warm-up, which ends on the half cosine")
     weight_decay: float = arg(1e-6, "weight decay, on all weights but BN's")
     knn_every: int = arg(0, "run the kNN evaluation every N epochs (0: never)")
     sync_bn: bool = arg(True, "on GPUs: BN over all ranks")
@@ -59,7 +59,7 @@ class Config(common.Config):
     queue_from: float = arg(15.0, "use the feature queue from this epoch on, once it is full")
 
 
-# defaults without --data and with --small: they learn in minutes on a CPU
+# defaults if --data is missing or --small is given: they learn in minutes on a CPU
 DEMO = common.DEMO | dict(lr=4.8e-3, projector=(256, 64), projector_bn=True)
 DEMO |= dict(prototypes=300)
 
@@ -68,7 +68,7 @@ DEMO |= dict(prototypes=300)
 
 
 def sample_clips(duration, clip_seconds, rho, timespan, rng):
-    """Starts (rho,) of the clips in seconds: i.i.d. uniform, within `timespan` of each other."""
+    """Starts (rho,) of the clips in seconds: i.i.d. uniform, in a random window of `timespan`."""
     first, last = 0.0, max(0.0, duration - clip_seconds)
     if timespan < last:
         first = rng.uniform(0.0, last - timespan)
@@ -173,7 +173,7 @@ def main(argv=None):
     if cfg.prototypes > cfg.batch_size and cfg.freeze_prototypes < cfg.epochs:
         words = f"{cfg.prototypes} prototypes learn from {cfg.batch_size} videos a step"
         common.print_main(f"WARN {words}: fewer --prototypes or a larger --batch-size may help")
-    for batch in run.batches():  # sets the lr; logs, saves, goes on after a stop
+    for batch in run.batches():  # sets the lr, logs, saves, resumes; a NaN loss ends the run
         with common.autocast():
             z, scores = network(batch["clips"])  # (B, V, D), (B, V, K), float32
         queue_scores = None
