@@ -1261,9 +1261,10 @@ class Run:
         for reason in set(batch.pop("bad")) - {"", *self.bad_videos}:
             self.bad_videos.append(reason)
             print(f"WARN bad video, replaced: {reason}", file=sys.stderr, flush=True)
+        seeds = batch.pop("seeds", None)  # stay on the CPU: to read one on the GPU would be a wait
         batch = {name: value.to(device(), non_blocking=True) for name, value in batch.items()}
-        if "seeds" in batch:
-            batch["clips"] = augment(batch["clips"], batch.pop("seeds"), self.dataset.color)
+        if seeds is not None:
+            batch["clips"] = augment(batch["clips"], seeds, self.dataset.color)
         self.starts = batch["starts"]
         return batch
 
@@ -1287,9 +1288,8 @@ class Run:
         if rest == 0 or stop or self.step % SAVE_EVERY == 0 or self.step == self.last:
             self.save()
         if self.step == self.last and self.losses:
-            self.log(
-                knn=False
-            )  # part of an interval; a resume cuts it off and writes the whole one
+            # part of an interval; a resume cuts it off and writes the whole one
+            self.log(knn=False)
         return stop
 
     def mean_losses(self):
