@@ -43,39 +43,39 @@ CLASSROOM = """1 | BYOL | byol-rho2-seed0
 1 | no predictor | class-nopredictor
 1 | no stop-gradient | class-nostopgrad
 2 | SimCLR, temperature 0.05 | class-temp005
-2 | 0.2 | simclr-rho2-seed0
+2 | 0.2 | class-simclr-rho2
 2 | 1 | class-temp1
 3 | MoCo, queue of 40 | class-queue40
-3 | 240 | moco-rho2-seed0
+3 | 240 | class-moco-rho2
 3 | 800 | class-queue800
 4 | SimCLR, rho 1, crop,flip | class-nocolour-rho1
-4 | rho 1, crop,flip,gray | simclr-rho1-seed0
+4 | rho 1, crop,flip,gray | class-simclr-rho1
 4 | rho 1, all five | class-five-rho1
 4 | rho 2, crop,flip | class-nocolour-rho2
-4 | rho 2, crop,flip,gray | simclr-rho2-seed0
+4 | rho 2, crop,flip,gray | class-simclr-rho2
 4 | rho 2, all five | class-five-rho2
 5 | SimCLR, timespan 0.25 s | class-span025
 5 | 1 s | class-span1
-5 | the whole video | simclr-rho2-seed0
+5 | the whole video | class-simclr-rho2
 6 | SimCLR, one scene, rho 1 | class-scenes1-rho1
 6 | one scene, rho 2 | class-scenes1-rho2
 6 | one scene, random weights | class-scenes1-random
-6 | four scenes, rho 1 | simclr-rho1-seed0
-6 | four scenes, rho 2 | simclr-rho2-seed0
-7 | SwAV | swav-rho2-seed0
+6 | four scenes, rho 1 | class-simclr-rho1
+6 | four scenes, rho 2 | class-simclr-rho2
+7 | SwAV | class-swav-rho2
 7 | no balance | class-sinkhorn0
 8 | BYOL | byol-rho2-seed0
 8 | SimSiam | class-simsiam
-9 | MoCo, rho 4, one softmax for each positive | moco-rho4-seed0
+9 | MoCo, rho 4, one softmax for each positive | class-moco-rho4
 9 | MoCo, rho 4, eq. (1) | class-eq1
 10 | BYOL, momentum 0.9 to 1 | byol-rho2-seed0
 10 | 0.9, constant | class-constant09
 10 | 0.99, constant | class-constant099
 11 | SimCLR, gap of 0.5 s | class-gap
 12 | playback speed alone | class-speed
-13 | SwAV | swav-rho2-seed0
+13 | SwAV | class-swav-rho2
 13 | SwAV with multi-crop | class-multicrop
-14 | SimCLR, i.i.d. clips | simclr-rho2-seed0
+14 | SimCLR, i.i.d. clips | class-simclr-rho2
 14 | SimCLR, CVRL's sampler | class-cvrl"""
 STARTS = """random weights | finetune-scratch | tennis7-finetune-scratch | tennis7-random-rho0
 SimCLR, rho 1 | - | - | tennis7-simclr-rho1
@@ -148,9 +148,10 @@ def losses_short():
     rows = []
     for name, stem in runs_with_logs().items():
         at = {line["step"]: line for line in log(stem)}
-        rows.append([name, f"{at[10]['chance']:.2f}", *[f"{at[s]['loss']:.2f}" for s in (10, 100)]])
-        rows[-1] += [f"{at[400][key]:.2f}" for key in ("loss", "feature_std")]
-    heads = "", "chance", *[f"step {step}" for step in (10, 100, 400)], "feature_std at the end"
+        last = at[max(at)]
+        rows.append([name, f"{last['chance']:.2f}", *[f"{at[s]['loss']:.2f}" for s in (10, 100)]])
+        rows[-1] += [f"{last[key]:.2f}" for key in ("loss", "feature_std")]
+    heads = "", "chance", "step 10", "step 100", "the last", "feature_std at the end"
     return markdown(heads, rows)
 
 
@@ -179,15 +180,17 @@ def demo():
 
 def losses():
     """What the four logs say at some steps, and the run that collapses."""
-    steps, rows = (10, 20, 50, 100, 200, 400), []
+    steps, rows = (10, 20, 50, 100, 200), []
     for name, stem in runs_with_logs().items():
         at = {line["step"]: line for line in log(stem)}
-        near = [at[100 * i]["knn_top1"] for i in (1, 2, 3, 4)]
-        rows.append([name, f"{at[10]['chance']:.2f}", *[f"{at[s]['loss']:.3f}" for s in steps]])
-        rows[-1] += [", ".join(f"{at[s]['feature_std']:.2f}" for s in (10, 100, 400))]
+        last = max(at)
+        near = [line["knn_top1"] for line in at.values() if "knn_top1" in line]
+        shown = [f"{at[step]['loss']:.3f}" for step in (*steps, last)]
+        rows.append([name, f"{at[10]['chance']:.2f}", *shown])
+        rows[-1] += [", ".join(f"{at[s]['feature_std']:.2f}" for s in (10, 100, last))]
         rows[-1] += [", ".join(f"{percent:.1f}" for percent in near)]
-    heads = ["", "chance", *[f"loss, step {step}" for step in steps]]
-    return markdown([*heads, "feature_std, step 10, 100, 400", "kNN, epoch 10, 20, 30, 40"], rows)
+    heads = ["", "chance", *[f"loss, step {step}" for step in steps], "the last"]
+    return markdown([*heads, "feature_std, step 10, 100, last", "kNN, epoch 10, 20, 30, 40"], rows)
 
 
 def classroom():

@@ -222,13 +222,13 @@ def test_docstrings_have_the_papers_numbers(i, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_what_the_readme_says_of_rho(method):
     """In the committed results rho 2 is above rho 1 and random weights in every seed; rho 4 is
-    above rho 2 in SimCLR, MoCo and SwAV, seed by seed."""
+    above rho 2, seed by seed; at rho 4's compute rho 2 is above it but in SimCLR."""
     linear = cells("linear_top1")
     assert min(linear[method, 2]) > max(linear[method, 1] + seeds("random-seed?", "linear_top1"))
     gains = [four - two for two, four in zip(linear[method, 2], linear[method, 4], strict=True)]
-    assert (min(gains) > 0) == (method != "byol") and max(gains) > 0
+    assert min(gains) > 0
     longer = seeds(f"{method}-rho2-80epochs-seed0", "linear_top1")[0]
-    assert (longer > linear[method, 4][0]) == (method in ("moco", "byol"))
+    assert (longer > linear[method, 4][0]) == (method != "simclr")
 
 
 def test_the_shown_run():
