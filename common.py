@@ -1,5 +1,4 @@
-"""What the scripts share, in the order of a run: config, distributed, video, data set,
-augmentation, backbones, optimizers, evaluation, the run.
+"""What the scripts share, in the order of a run, which is the last class.
 
 Letters in shapes: B videos on this rank, W ranks, rho clips per video, V = max(2, rho) views,
 T frames, H x W pixels, D feature width. Clips are (B, V, 3, T, H, W), features (B, V, D): the view
@@ -9,9 +8,7 @@ is always axis 1. "Released" means SlowFast at commit 287ec00, cited as file and
 import argparse
 import atexit
 import bisect
-import collections
 import contextlib
-import copy
 import csv
 import dataclasses
 import functools
@@ -27,8 +24,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import OrderedDict
-from dataclasses import dataclass
+from collections import Counter, OrderedDict, deque
 from pathlib import Path
 
 import av
@@ -51,13 +47,13 @@ def arg(default, help, choices=None):
     options = {"type": type(default), "choices": choices}
     if isinstance(default, bool):
         options = {"action": argparse.BooleanOptionalAction}
-    elif isinstance(default, tuple):
+    if isinstance(default, tuple):
         options = {"type": type(default[0]), "nargs": "+"}
-    options["help"] = f"{help} [{default}]".removesuffix(" []")
-    return dataclasses.field(default=default, metadata=options)
+    help = f"{help} [{default}]".removesuffix(" []")
+    return dataclasses.field(default=default, metadata={**options, "help": help})
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """The flags of every script. A script's own Config adds the numbers of its recipe."""
 
@@ -68,9 +64,7 @@ class Config:
     max_steps: int = arg(0, "stop early after this step; the schedule stays that of the full run")
     log_every: int = arg(10, "steps per line of the log")
     workers: int = arg(-1, "decoding processes per rank (-1: chosen from the CPU cores)")
-    low_memory: bool = arg(
-        False, "slower: keep the activations of one view only, recompute the others"
-    )
+    low_memory: bool = arg(False, "slower: keep activations of one view, recompute the others")
 
     @property
     def num_views(self):
@@ -83,7 +77,6 @@ class Config:
         return self.frames * self.stride / 30
 
 
-# what the scripts' demos have in common
 DEMO = dict(backbone="tiny", stride=4, short_side=(64, 64), size=32, crop_area=(0.4, 1.0))
 DEMO |= dict(augment="crop,flip,gray", epochs=40, batch_size=40, knn_every=10)
 DEMO |= dict(optimizer="adamw", warmup=0.075, weight_decay=1e-4)
@@ -95,8 +88,8 @@ EXAMPLES = """examples:
 
 
 def parse_args(config, demo, argv=None):
-    """Read the flags of a Config class. demo: {field: value} that replaces the defaults with
-    --small or without --data; flags that are given, whose names are in cfg.given, always win."""
+    """A Config from flags; without --data or with --small, demo ({field: value}) replaces its
+    defaults. Flags that are given, their names are in cfg.given, always win."""
     script = sys.modules[config.__module__]
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--flag value ...]",
@@ -110,36 +103,21 @@ def parse_args(config, demo, argv=None):
     for field in dataclasses.fields(config):
         parser.add_argument("--" + field.name.replace("_", "-"), **field.metadata)
     given = vars(parser.parse_args(argv))
-    for name, value in given.items():
-        if isinstance(value, list):
-            given[name] = tuple(value)
+    given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     cfg = config(**given)
     if cfg.small or not cfg.data:
         cfg = config(**demo | given)
     cfg.given = set(given)
-    cfg.data = cfg.data.rstrip("/")  # with a slash at the end it is the same folder
     cfg.script = Path(script.__file__).stem
-    cfg.out = cfg.out or f"out/{cfg.script}-{data_name(cfg)}-rho{cfg.rho}"
-    check(cfg)
-    return cfg
-
-
-def data_name(cfg):
-    """A short name of the data, for folders."""
-    return Path(cfg.data).absolute().stem if cfg.data else "demo"
-
-
-def check(cfg):
-    """End the process if settings cannot work, before anything long starts."""
-    for name in ("rho", "frames", "stride", "size", "epochs", "log_every"):
-        if getattr(cfg, name) < 1:
-            fail(f"--{name.replace('_', '-')} must be 1 or more")
-    if not 0 < cfg.lr < math.inf:
-        fail(f"--lr {cfg.lr}: must be above 0")
-    if not 0 <= cfg.warmup < 1:
-        fail(f"--warmup {cfg.warmup}: a share of the run, from 0 to below 1")
+    cfg.data_name = Path(cfg.data or "demo").absolute().stem  # for folders
+    cfg.out = cfg.out or f"out/{cfg.script}-{cfg.data_name}-rho{cfg.rho}"
+    if min(cfg.rho, cfg.frames, cfg.stride, cfg.size, cfg.epochs, cfg.log_every) < 1:
+        fail("--rho, --frames, --stride, --size, --epochs and --log-every must be 1 or more")
+    if not 0 < cfg.lr < math.inf or not 0 <= cfg.warmup < 1:
+        fail(f"--lr {cfg.lr} must be above 0, and --warmup {cfg.warmup} from 0 to below 1")
     if len(cfg.short_side) != 2 or not cfg.size <= cfg.short_side[0] <= cfg.short_side[1]:
         fail(f"--short-side {cfg.short_side}: two numbers, at least --size {cfg.size}")
+    return cfg
 
 
 def fail(message, code=2):
@@ -160,6 +138,8 @@ def print_main(message):
 
 # --- distributed
 
+VERSIONS = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, av, np))
+
 
 def init_distributed(cfg):
     """Seed this process, give it its GPU and its share of the cores, join the other ranks."""
@@ -169,8 +149,10 @@ def init_distributed(cfg):
     affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS
     cores = len(affinity(0)) if affinity else os.cpu_count()
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    backend = "gloo"
     if device().type == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        backend = "cpu:gloo,cuda:nccl"
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             print_main("WARN this GPU lacks bfloat16: float32 is slower and takes twice the memory")
     else:
@@ -182,18 +164,19 @@ def init_distributed(cfg):
         cores = 1  # on a busy machine, threads that wait for each other slow augmentation down
     torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device().type == "cuda" else "gloo")
+        dist.init_process_group(backend)
     try:
         os.makedirs(cfg.out, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.out).close()  # fails if the folder cannot be written to
     except OSError as error:
         fail(f"--out {cfg.out}: {error.strerror}")
     changed = [f"{k} {v}" for k, v in vars(cfg).items() if v != getattr(type(cfg), k, v)]
-    print_main(f"{versions()}; {world_size()} x {device().type}")
+    print_main(f"{VERSIONS}; {world_size()} x {device().type}")
     print_main(f"not the defaults: {', '.join(changed)}")
 
 
-def _leave():
+@atexit.register  # after the import of torch: handlers run last in, first out
+def leave():
     """Workers ignore SIGTERM (see worker_init), so Python would wait for them for ever at exit."""
     for child in multiprocessing.active_children():
         with contextlib.suppress(RuntimeError):  # torch's word that a worker was killed
@@ -203,17 +186,9 @@ def _leave():
         dist.destroy_process_group()
 
 
-atexit.register(_leave)  # after the import of torch: handlers run last in, first out
-
-
-def versions():
-    """Of the packages that a result may depend on."""
-    return ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, av, np))
-
-
 def rank():
     """This process's number among all; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
+    return int(os.environ.get("RANK", 0))
 
 
 def world_size():
@@ -233,7 +208,7 @@ def autocast():
     return torch.autocast(device().type, torch.bfloat16, enabled=enabled)
 
 
-class _Gather(torch.autograd.Function):
+class Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         parts = [torch.empty_like(x) for _ in range(world_size())]
@@ -250,7 +225,7 @@ class _Gather(torch.autograd.Function):
 def gather(x):
     """(B, ...) of each rank -> (W * B, ...) on every rank, rank by rank. If each rank computes the
     same loss from the result, the mean over ranks that DDP takes is the joint batch's gradient."""
-    return _Gather.apply(x.contiguous()) if world_size() > 1 else x
+    return Gather.apply(x.contiguous()) if world_size() > 1 else x
 
 
 def gather_objects(value):
@@ -267,8 +242,8 @@ def local_part(x):
 
 
 def wrap_ddp(model, cfg):
-    """Return what to call for the forward pass: the model, in DDP if there are several ranks. Each
-    rank keeps its own BN statistics, or all share them (SyncBN, on GPUs) if cfg.sync_bn."""
+    """What to call for the forward pass: the model, in DDP if there are several ranks. Ranks keep
+    their own BN statistics, or share them (SyncBN, on GPUs) if cfg.sync_bn."""
     if world_size() == 1:
         return model
     if cfg.sync_bn and device().type == "cuda":
@@ -279,7 +254,9 @@ def wrap_ddp(model, cfg):
 
 # --- video
 
-_FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,m4v,ivf,obu,mxf,nut,dv,wtv"
+FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,m4v,ivf,obu,mxf,nut,dv,wtv"
+# no network, and no playlist that names other files
+LOCAL = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
 
 
 class BadVideo(ValueError):
@@ -292,30 +269,20 @@ def _reasons(path):
     try:
         yield
     except (av.FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise BadVideo(f"{path}: {reason}") from None
-
-
-def _open(path):
-    """One local media file: no network, no playlist that names other files."""
-    options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
-    return av.open(f"file:{path}", options=options)
+        raise BadVideo(f"{path}: {getattr(error, 'strerror', None) or error}") from None
 
 
 class VideoReader(contextlib.AbstractContextManager):
-    """A video file, read in one thread; times are seconds from its first frame.
+    """A video file, read in one thread; times are seconds from its first frame. short_side: pixels,
+    to which frames are scaled; the long side is at most 16 times as long. Raises BadVideo.
 
-    short_side: pixels, to which frames are scaled; the long side is at most 16 times as long.
-    Opening, `duration` and `read` raise a ValueError that begins with the path if they cannot.
-
-    Inside, times are time stamps (pts, in units of time_base). A limit is a time stamp; the last
-    frame up to it is wanted. The decoder skips a frame that is neither wanted nor a reference for
-    others (NONREF). All other frames stay the same, bit for bit. The time stamps of packets, which
-    are read ahead, say which frames are not wanted. On any doubt about them all is decoded."""
+    Inside, times are time stamps (pts, in units of time_base). A limit is a time stamp: the last
+    frame up to it is wanted. A frame that is neither wanted nor a reference for others (NONREF) is
+    not decoded, which leaves the others as they are, bit for bit. The time stamps of packets, read
+    ahead, tell which frames are not wanted; on any doubt about them all is decoded."""
 
     def __init__(self, path, short_side=None):
         self.path = path
-        self.short_side = short_side
         self._limits = []  # sorted; empty until the first read
         self._sure = True  # no doubt yet: each packet has the time stamp of its frame
         with _reasons(path):
@@ -323,6 +290,11 @@ class VideoReader(contextlib.AbstractContextManager):
             self._first = self._shown
             if self._first is None:
                 raise ValueError("no frame with a time stamp can be decoded")
+        sides = [self._first.height, self._first.width]
+        if short_side:
+            scale = short_side / min(sides)
+            sides = [min(round(side * scale), 16 * short_side) for side in sides]
+        self._height, self._width = sides
 
     def __exit__(self, *_):
         self.close()
@@ -333,7 +305,7 @@ class VideoReader(contextlib.AbstractContextManager):
 
     def _open(self):
         """Open the file and decode its first frame."""
-        self._container = _open(self.path)
+        self._container = av.open(f"file:{self.path}", options=LOCAL)
         self._stream = self._container.streams.best("video")
         if self._stream is None or self._stream.codec_context is None:  # or of an unknown codec
             raise ValueError("no video stream")
@@ -344,10 +316,6 @@ class VideoReader(contextlib.AbstractContextManager):
             self._sure = False
         self._start_decoding()
 
-    def _reopen(self):
-        self.close()
-        self._open()
-
     @functools.cached_property
     def duration(self):
         """Seconds; from the header if it says, else from all packets."""
@@ -355,62 +323,63 @@ class VideoReader(contextlib.AbstractContextManager):
             return self._stream.duration / self._second
         if self._container.duration:  # counted from 0, wherever the first frame is
             return self._container.duration / av.time_base - self._first.time
-        with _reasons(self.path), _open(self.path) as scan:
-            packets = scan.demux(scan.streams.best("video"))
-            last = max(packet.pts or 0 for packet in packets)
+        with _reasons(self.path), av.open(f"file:{self.path}", options=LOCAL) as scan:
+            last = max(packet.pts or 0 for packet in scan.demux(scan.streams.best("video")))
         return (last - self._first.pts) / self._second
 
     def read(self, times):
-        """Frames at times of any shape, in any order, in one pass through the file.
-
-        At time t it is the last frame whose time stamp is at most t + 1 ms; past the end the last.
-        Returns (*times.shape, H, W, 3) uint8 RGB, upright, scaled from the first frame's size."""
+        """Frames at times (N,), in any order -> (N, H, W, 3) uint8 RGB, upright, of one size. At t
+        it is the last frame whose time stamp is at most t + 1 ms; past the end the last of all."""
         seconds = np.clip(times, 0, 1e9) + 1e-3
         limits = self._first.pts + (seconds * self._second).astype(int)
-        was_sure = self._sure
         with _reasons(self.path):
-            pictures = self._pictures(limits)
+            was_sure = self._sure
+            pictures = self._read_once(limits)
             if self._sure != was_sure:  # a wanted frame may have been skipped: decode all
-                pictures = self._pictures(limits)
-        degrees = self._first.rotation
-        if abs(degrees) > 360:  # the matrix is damaged
+                pictures = self._read_once(limits)
+        if abs(self._first.rotation) > 360:  # the matrix is damaged
             return pictures
-        return np.rot90(pictures, round(degrees / 90), axes=(-3, -2))
+        return np.rot90(pictures, round(self._first.rotation / 90), axes=(1, 2))
 
-    def _pictures(self, limits):
-        """The pictures of all limits, in one pass, before rotation."""
-        earlier = self._limits
-        self._limits = sorted(limits.ravel().tolist())
+    def _read_once(self, limits):
+        """The pictures of limits (N,), in one pass through the file, before rotation."""
+        earlier, self._limits = self._limits, sorted(limits.tolist())
         if earlier:  # this is not the first pass
-            self._reopen()
-        sides = [self._first.height, self._first.width]
-        if self.short_side:
-            scale = self.short_side / min(sides)
-            sides = [min(round(side * scale), 16 * self.short_side) for side in sides]
-        height, width = sides
-        pictures = np.empty((*limits.shape, height, width, 3), np.uint8)
-        reformatter = av.video.reformatter.VideoReformatter()
-        converted = None
-        for place in sorted(np.ndindex(limits.shape), key=lambda place: limits[place]):
-            self._go_to(limits[place])
-            if self._shown is not converted:
-                converted = self._shown
-                picture = reformatter.reformat(converted, width, height, "rgb24", threads=1)
-                picture = picture.to_ndarray()
-            pictures[place] = picture
+            self.close()
+            self._open()
+        pictures = np.empty((len(limits), self._height, self._width, 3), np.uint8)
+        scaler = av.video.reformatter.VideoReformatter()
+        for i in np.argsort(limits):
+            self._seek(limits[i])
+            while self._until <= limits[i]:
+                self._shown, self._until = next(self._frames)
+            if self._shown.pts > limits[i]:  # a packet's frame has not come
+                self._sure = False
+            frame = scaler.reformat(self._shown, self._width, self._height, "rgb24", threads=1)
+            pictures[i] = frame.to_ndarray()
         return pictures
 
-    def _go_to(self, limit):
-        """Decode up to the frame of a limit, which is not below that of the call before."""
-        if self._worth_seeking(limit):
-            self._seek(limit)
-        while self._until <= limit:
-            self._shown, self._until = next(self._frames)
-        if self._shown.pts > limit:  # a packet's frame has not come
-            self._sure = False
+    def _seek(self, limit):
+        """Go on from a key frame at or before a limit, if one lies after the coming frame."""
+        if self._container.format.name == "mpeg":
+            return  # an mpg file has too few time stamps to know where a seek has led
+        index = self._stream.index_entries
+        i = index.search_timestamp(int(limit - self._second / 10))
+        key_frame = limit - 2 * self._second  # a guess where the index, if any, ends before
+        if 0 <= i < len(index) - 1:
+            key_frame = index[i].timestamp
+        if key_frame <= self._until:
+            return
+        for seconds in (0, 2, 20):  # it may lead too far
+            with contextlib.suppress(av.FFmpegError):
+                self._container.seek(int(limit - seconds * self._second), stream=self._stream)
+                self._start_decoding()
+                if self._shown and self._shown.pts <= limit:
+                    return
+        self.close()
+        self._open()
 
     def _start_decoding(self):
-        """From where the container is now."""
         self._frames = self._decode()
         self._shown, self._until = next(self._frames, (None, math.inf))
 
@@ -419,7 +388,11 @@ class VideoReader(contextlib.AbstractContextManager):
         next time stamp or, where packets are in doubt, the next frame that is decoded."""
         frame = None
         for packet in self._packets():
-            self._decoder.skip_frame = "NONREF" if self._not_wanted(packet) else "DEFAULT"
+            wanted = True
+            if self._sure and self._limits and packet.pts is not None:
+                i = bisect.bisect_left(self._limits, packet.pts)
+                wanted = i < bisect.bisect_left(self._limits, self._stamp_after(packet.pts))
+            self._decoder.skip_frame = "DEFAULT" if wanted else "NONREF"
             try:
                 decoded = packet.decode()
             except av.error.InvalidDataError:
@@ -444,7 +417,7 @@ class VideoReader(contextlib.AbstractContextManager):
         """Yield packets in the order of decoding. Unless they are in doubt, 20 are read ahead:
         H.264 and MPEG-2 decode at most 16 frames before one that is displayed earlier."""
         self._stamps = [math.inf]  # sorted, of the last packets that were read
-        ahead = collections.deque()
+        ahead = deque()
         # a damaged file ends here; PyAV raises IndexError at the end if it met new streams
         with contextlib.suppress(av.error.InvalidDataError, IndexError):
             for packet in self._container.demux(self._stream):
@@ -458,60 +431,27 @@ class VideoReader(contextlib.AbstractContextManager):
                     yield ahead.popleft()
         yield from ahead
 
-    def _not_wanted(self, packet):
-        """Whether no limit lies between this packet's frame and the next frame."""
-        if not self._sure or not self._limits or packet.pts is None:
-            return False
-        i = bisect.bisect_left(self._limits, packet.pts)
-        return i == bisect.bisect_left(self._limits, self._stamp_after(packet.pts))
-
     def _stamp_after(self, pts):
         return self._stamps[bisect.bisect_right(self._stamps, pts)]
 
-    def _worth_seeking(self, limit):
-        """Whether a key frame lies between the coming frame and a limit, or is likely to."""
-        if self._container.format.name == "mpeg":
-            return False  # an mpg file has too few time stamps to know where a seek has led
-        index = self._stream.index_entries
-        i = index.search_timestamp(int(limit - self._second / 10))
-        if 0 <= i < len(index) - 1:
-            return index[i].timestamp > self._until
-        return limit - self._until > 2 * self._second  # the index, if any, ends before
-
-    def _seek(self, limit):
-        """Go on from a key frame at or before a limit."""
-        for seconds in (0, 2, 20):  # it may lead too far
-            with contextlib.suppress(av.FFmpegError):
-                place = int(limit - seconds * self._second)
-                self._container.seek(place, stream=self._stream)
-                self._start_decoding()
-                if self._shown and self._shown.pts <= limit:
-                    return
-        self._reopen()
-
 
 def read_clips(path, starts, frames, stride, size=None):
-    """Clips of one video, (clips, T, H, W, 3) uint8 RGB: frame i lies i * stride / 30 seconds after
-    its start. starts: seconds from the first frame, (clips,), or the times of all frames,
-    (clips, T). size: the short side in pixels. Raises BadVideo."""
+    """Clips of a video, (clips, T, H, W, 3) uint8 RGB: frame i lies i * stride / 30 s after the
+    start. starts: seconds (clips,), or (clips, T) of all frames. size: the short side in pixels."""
     with VideoReader(path, size) as reader:
-        return _read(reader, np.asarray(starts, float), frames, stride)
+        return read_from(reader, starts, frames, stride)
 
 
-def _read(reader, starts, frames, stride):
-    times = frame_times(starts, frames, stride)
-    pictures = reader.read(times.ravel())
+def read_from(reader, starts, frames, stride):
+    """read_clips from any reader."""
+    times = np.asarray(starts, float)
+    if times.ndim == 1:
+        times = times[:, None] + np.arange(frames) * stride / 30  # (clips, T)
+    pictures = reader.read(times.ravel())  # (clips * T, H, W, 3)
     return pictures.reshape(*times.shape, *pictures.shape[1:])
 
 
-def frame_times(starts, frames, stride):
-    """(clips,) starts, or the (clips, T) times themselves -> (clips, T)."""
-    if starts.ndim == 2:
-        return starts
-    return starts[:, None] + np.arange(frames) * stride / 30
-
-
-# --- data set
+# --- data set and augmentation
 
 SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .flv .wmv .3gp .ogv".split())
 
@@ -552,11 +492,9 @@ def list_videos(source, split=None):
                 lines = [line for line in file if line.strip() and line[0] != "#"]
         except OSError as error:
             fail(f"--data {source}: {error.strerror}")
-        if name.endswith(".csv"):
-            rows = list(csv.DictReader(lines, restval=""))
-        else:
-            columns = ("path", "label")
-            rows = [dict(zip(columns, line.split("\t"), strict=False)) for line in lines]
+        columns = None if name.endswith(".csv") else ("path", "label")  # None: a header has them
+        form = csv.excel if columns is None else csv.excel_tab
+        rows = list(csv.DictReader(lines, columns, restval="", dialect=form))
     if rows and "path" not in rows[0]:
         fail(f"{source}: its first line must name the columns path, label, split")
     if split:
@@ -569,42 +507,32 @@ def list_videos(source, split=None):
 class VideoClips(Dataset):
     """The rho clips of each video, augmented, indexed by (epoch, index).
 
-    An item is a dict: clips (V, 3, T, H, W) float32, label (-1: none), index (of the video), starts
-    (V,) seconds (or (V, T): of all frames). It depends on (cfg.seed, epoch, index) alone. A video
-    that cannot be read is replaced by another one, and bad says why (else "").
+    An item depends on (cfg.seed, epoch, index) alone. It is a dict: clips (V, 3, T, H, W) float32,
+    label (-1: none), index, starts (V,) in seconds or (V, T) of all frames, and bad: why a video
+    cannot be read, which another one replaces (else "").
 
-    sample_clips(duration, clip_seconds, rho, timespan, rng): the starts, (rho,), or the times of
-    all frames, (rho, T), in seconds. transform: the whole augmentation of a clip, instead of
-    cfg.augment: (T, 3, H, W) uint8 -> (T, 3, h, w) float32. videos: (paths, labels). Override
-    open() to read anything else than video files, views() or item() to make other tensors."""
+    sample_clips(duration, clip_seconds, rho, timespan, rng): the starts (rho,) or the times of all
+    frames (rho, T), in seconds. transform: (T, 3, H, W) uint8 -> (T, 3, h, w) float32, the whole
+    augmentation, instead of cfg.augment. videos: (paths, labels). classes: names of labels.
+    Override open() to read anything else than video files, views() or item() for other tensors."""
 
-    def __init__(self, cfg, sample_clips, transform=None, videos=None):
+    collate = None  # items -> a batch; None: torch's default
+
+    def __init__(self, cfg, sample_clips, transform=None, videos=None, classes=None):
         self.cfg, self.sample_clips = cfg, sample_clips
-        self.crop, self.color = train_transform(cfg)
-        if transform:
-            self.crop, self.color = transform, None
+        self.crop, self.color = (transform, None) if transform else train_transform(cfg)
         self.color_on_device = device().type == "cuda"  # a worker must not ask
         paths, labels = videos or list_videos(find_data(cfg)[0], "train")
         if not paths:
             fail(f"no videos in {cfg.data} (looked for {' '.join(SUFFIXES)})")
-        self.classes = sorted(set(labels) - {""})
-        self.keep(paths, labels)
+        self.classes = classes or sorted(set(labels) - {""})
+        numbers = {label: number for number, label in enumerate(self.classes)}
+        self.labels = np.array([numbers.get(label, -1) for label in labels])  # (n,)
+        # bytes: a million strings would be copied into each worker as they are counted
+        self.paths = np.array([os.fsencode(path) for path in paths])  # (n,)
         print_main(f"data: {len(paths)} videos, {len(self.classes)} classes")
         if cfg.num_views > 1:  # of a method
             fit_to_videos(cfg, len(paths))
-
-    def keep(self, paths, labels):
-        """Hold these videos. The paths are one array of bytes: a million Python strings would be
-        copied into each worker, page by page, as their reference counts change."""
-        self.paths = np.array([os.fsencode(path) for path in paths])  # (n,)
-        numbers = {label: number for number, label in enumerate(self.classes)}
-        self.labels = np.array([numbers.get(label, -1) for label in labels])  # (n,)
-
-    def subset(self, paths, labels):
-        """This data set with other videos, its classes numbered as here (-1: another label)."""
-        other = copy.copy(self)
-        other.keep(paths, labels)
-        return other
 
     def __len__(self):
         return len(self.paths)
@@ -623,8 +551,7 @@ class VideoClips(Dataset):
         crop_seeds, seeds = torch.from_numpy(rng.integers(2**62, size=(2, self.cfg.num_views)))
         clips = []
         for i, seed in enumerate(crop_seeds):
-            clip = frames[i % len(frames)]  # rho = 1: the one clip twice
-            clips.append(_draw(self.crop, clip, seed))
+            clips.append(draw(self.crop, frames[i % len(frames)], seed))  # rho = 1: one clip twice
         clips = torch.stack(clips)  # (V, T, 3, H, W)
         if self.color is None:
             return {"clips": clips.transpose(1, 2)}
@@ -639,7 +566,7 @@ class VideoClips(Dataset):
         with contextlib.closing(self.open(index, short_side)) as reader:
             settings = reader.duration, cfg.clip_seconds, cfg.rho, cfg.timespan
             starts = np.asarray(self.sample_clips(*settings, rng), float)
-            frames = _read(reader, starts, cfg.frames, cfg.stride)
+            frames = read_from(reader, starts, cfg.frames, cfg.stride)
         starts = torch.from_numpy(starts).expand(cfg.num_views, *starts.shape[1:])
         item = {"label": int(self.labels[index]), "index": index, "starts": starts}
         return item | self.views(frames, rng)
@@ -675,7 +602,7 @@ def fit_to_videos(cfg, n):
 
 class TrainSampler:
     """Batches of (epoch, index) for this rank, from step `first` to `last`. Each epoch has its own
-    order of all n videos; rank r takes the contiguous slice r of a batch."""
+    order of the n videos; rank r takes the contiguous slice r of a batch."""
 
     def __init__(self, cfg, n, first, last):
         self.cfg, self.n, self.steps = cfg, n, range(first, last)
@@ -690,19 +617,11 @@ class TrainSampler:
 
 
 def worker_init(_=None):
-    """Signals are the main process's affair: under torchrun they reach workers first, and a rank
-    that lost its workers could not save. FFmpeg keeps silent."""
+    """Ignore signals, which torchrun sends to workers first: without them a rank cannot save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     av.logging.set_level(None)
 
-
-def _loader(cfg, dataset, **how):
-    how |= {"num_workers": cfg.workers, "worker_init_fn": worker_init}
-    return DataLoader(dataset, pin_memory=torch.cuda.is_available(), **how)
-
-
-# --- augmentation
 
 MEAN, STD = 0.45, 0.225  # of every channel (released defaults.py, lines 687 and 693)
 
@@ -719,8 +638,8 @@ def train_transform(cfg):
         "tint": v2.Compose([v2.RandomGrayscale(0.2), v2.ColorJitter(0.4, 0.4, 0.4, 0.1)]),
         "rotate": v2.RandomChoice([v2.RandomRotation((d, d)) for d in (0, 90, 180, 270)]),
         "cutout": v2.RandomErasing(1.0),  # a black box of 2 to 33 % of the area
-        "noise": _noise,
-        "sobel": _sobel,
+        "noise": noise,
+        "sobel": sobel,
     }
     names = cfg.augment.split(",")
     if unknown := set(names) - {"crop", "none", *table}:
@@ -736,13 +655,13 @@ def train_transform(cfg):
     return crop, v2.Compose(color or [v2.Identity()])
 
 
-def _noise(clip):
+def noise(clip):
     """Gaussian, standard deviation 0.1, the same in all frames; drawn on the CPU."""
     noise = 0.1 * torch.randn(clip.shape[1:])
     return (clip + noise.to(clip.device, non_blocking=True)).clamp(0, 1)
 
 
-def _sobel(clip):
+def sobel(clip):
     """(T, 3, H, W) -> the length of the gray picture's gradient, in all three channels."""
     x = torch.outer(torch.tensor([0.25, 0.5, 0.25]), torch.tensor([1.0, 0.0, -1.0]))
     kernels = torch.stack([x, x.T])[:, None].to(clip.device, non_blocking=True)
@@ -751,17 +670,16 @@ def _sobel(clip):
     return gradient.norm(dim=1, keepdim=True).clamp(max=1).expand_as(clip)
 
 
-def _draw(transform, clip, seed):
+def draw(transform, clip, seed):
     torch.default_generator.manual_seed(int(seed))  # the one that transforms.v2 draws from
     return transform(clip)
 
 
 def augment(clips, seeds, color):
-    """Flip, color and blur: (..., T, 3, H, W) uint8 and seeds (...) -> (..., 3, T, H, W) float32,
-    normalised, on the same device."""
+    """(..., T, 3, H, W) uint8 and seeds (...) -> (..., 3, T, H, W) float32, normalised."""
     clips = v2.functional.to_dtype(clips, torch.float32, scale=True)
     for place in np.ndindex(*seeds.shape):
-        clips[place] = _draw(color, clips[place], seeds[place])
+        clips[place] = draw(color, clips[place], seeds[place])
     return normalize(clips).transpose(-3, -4)
 
 
@@ -770,7 +688,7 @@ def normalize(pictures):
     return (pictures - MEAN) / STD
 
 
-# --- backbones
+# --- backbones and optimizers
 
 
 class Backbone(nn.Sequential):
@@ -788,7 +706,7 @@ class Backbone(nn.Sequential):
         return self.features(x).mean(dim=(2, 3, 4), dtype=torch.float32)
 
 
-def _conv(inputs, outputs, kernel, stride=(1, 1, 1)):
+def conv3d(inputs, outputs, kernel, stride=(1, 1, 1)):
     """A convolution that keeps the size but for its stride (weight_init_helper.py, lines 21-33)."""
     padding = [k // 2 for k in kernel]
     conv = nn.Conv3d(inputs, outputs, kernel, stride, padding, bias=False)
@@ -806,16 +724,16 @@ class Bottleneck(nn.Module):
         self.branch1 = nn.Identity()
         self.branch1_bn = nn.Identity()
         if inputs != outputs:
-            self.branch1 = _conv(inputs, outputs, (1, 1, 1), (1, stride, stride))
+            self.branch1 = conv3d(inputs, outputs, (1, 1, 1), (1, stride, stride))
             self.branch1_bn = nn.BatchNorm3d(outputs)
         layers = OrderedDict(
-            a=_conv(inputs, width, (time_kernel, 1, 1)),
+            a=conv3d(inputs, width, (time_kernel, 1, 1)),
             a_bn=nn.BatchNorm3d(width),
             a_relu=nn.ReLU(inplace=True),
-            b=_conv(width, width, (1, 3, 3), (1, stride, stride)),
+            b=conv3d(width, width, (1, 3, 3), (1, stride, stride)),
             b_bn=nn.BatchNorm3d(width),
             b_relu=nn.ReLU(inplace=True),
-            c=_conv(width, outputs, (1, 1, 1)),
+            c=conv3d(width, outputs, (1, 1, 1)),
             c_bn=nn.BatchNorm3d(outputs),
         )
         self.branch2 = nn.Sequential(layers)
@@ -829,7 +747,7 @@ def slow(blocks):
     """SlowFast's Slow pathway: no stride in time, kernels 3x1x1 in the last two stages. blocks:
     how many residual blocks each stage has."""
     stem = OrderedDict(
-        conv=_conv(3, 64, (1, 7, 7), (1, 2, 2)),
+        conv=conv3d(3, 64, (1, 7, 7), (1, 2, 2)),
         bn=nn.BatchNorm3d(64),
         relu=nn.ReLU(inplace=True),
         pool=nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
@@ -854,7 +772,7 @@ def tiny():
     for i, width in enumerate((16, 32, 32, 64, 64)):
         kernel = (3, 5, 5) if i == 0 else (3, 3, 3)
         stride = (2, 1, 1) if i in (2, 4) else (1, 2, 2)
-        conv = _conv(inputs, width, kernel, stride)
+        conv = conv3d(inputs, width, kernel, stride)
         stages[f"stage{i}"] = nn.Sequential(conv, nn.BatchNorm3d(width), nn.ReLU(inplace=True))
         inputs = width
     return Backbone(inputs, stages)
@@ -867,15 +785,11 @@ def r2plus1d_18():
     return Backbone(network.fc.in_features, stages[:-2])  # without avgpool and fc
 
 
-class Gate(nn.Module):
-    """Channels times a sigmoid of their averages over time and space."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.conv = nn.Conv3d(width, width, 1)
+class Gate(nn.Conv3d):
+    """Channels times a sigmoid of their averages over time and space (S3D-G)."""
 
     def forward(self, x):
-        return x * self.conv(x.mean(dim=(2, 3, 4), keepdim=True)).sigmoid()
+        return x * super().forward(x.mean(dim=(2, 3, 4), keepdim=True)).sigmoid()
 
 
 def s3d_g():
@@ -884,8 +798,8 @@ def s3d_g():
     for block in network.features:
         for name, branch in list(block.named_children()):
             if name.startswith("branch"):
-                gate = Gate(_norms(branch)[-1].num_features)
-                setattr(block, name, nn.Sequential(branch, gate))
+                width = norms(branch)[-1].num_features
+                setattr(block, name, nn.Sequential(branch, Gate(width, width, 1)))
     return Backbone(network.classifier[1].in_channels, network.features.named_children())
 
 
@@ -927,7 +841,7 @@ def encode_views(network, clips, low_memory=False):
     (B, V, 3, T, H, W) -> (B, V, ...) float32. low_memory: keep only the inputs for backward."""
 
     def contexts():  # of the first forward pass, of the second
-        return contextlib.nullcontext(), _frozen_bn(network)
+        return contextlib.nullcontext(), frozen_statistics(network)
 
     outputs = []
     for view in clips.unbind(1):
@@ -942,22 +856,20 @@ def encode_views(network, clips, low_memory=False):
 
 
 @contextlib.contextmanager
-def _frozen_bn(network):
+def frozen_statistics(network):
     """While activations are recomputed: BN must not count the same batch twice."""
-    before = [(m, m.momentum, m.num_batches_tracked.clone()) for m in _norms(network)]
-    for norm, _, _ in before:
-        norm.momentum = 0.0
+    for norm in norms(network):
+        norm.track_running_stats = False
     try:
         yield
     finally:  # torch leaves by an exception when it has what it needs
-        for norm, momentum, count in before:
-            norm.momentum = momentum
-            norm.num_batches_tracked.copy_(count)
+        for norm in norms(network):
+            norm.track_running_stats = True
 
 
-def _norms(network):
-    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-    return [module for module in network.modules() if isinstance(module, kinds)]
+def norms(network):
+    """Its BN modules of all kinds."""
+    return [module for module in network.modules() if hasattr(module, "running_mean")]
 
 
 def read_file(path):
@@ -977,8 +889,6 @@ def write_file(path, save):
     try:
         with open(temporary, "wb") as file:
             save(file)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's writer
         temporary.unlink(missing_ok=True)
@@ -999,21 +909,16 @@ def load_backbone(path):
 
 def load_clip(path, cfg, start=0.0):
     """A clip of a video from `start` seconds on, its middle square: (1, 3, T, S, S), normalised,
-    where S is the side at which such a backbone is tested."""
-    side = test_size(cfg.size)
+    S = size * 256 / 224, the side at which such a backbone is tested."""
+    side = round(cfg.size * 256 / 224)
     frames = read_clips(path, [start], cfg.frames, cfg.stride, side)  # (1, T, H, W, 3)
     return normalize(cut_squares(torch.from_numpy(frames), side, 1) / 255)
 
 
-# --- optimizers
-
-
 class LARS(torch.optim.SGD):
-    """SGD with Nesterov momentum, each weight's step in proportion to the weight's norm (released
-    optimizer.py, line 262).
-
-    A tensor of two or more dimensions: g <- (g + wd w) trust |w| / (|g| + wd |w| + 1e-8), if both
-    norms are above 0. Biases and BN: the plain gradient, no weight decay."""
+    """SGD with Nesterov momentum (released optimizer.py, line 262). A tensor of two or more
+    dimensions: g <- (g + wd w) trust |w| / (|g| + wd |w| + 1e-8), if both norms are above 0. Biases
+    and BN: the plain gradient, no weight decay."""
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=0.001):
         super().__init__(params, lr, momentum, nesterov=True)
@@ -1044,7 +949,7 @@ OPTIMIZERS = {
 def make_optimizer(model, cfg):
     """An optimizer of what is trained; no weight decay on BN (released optimizer.py, line 41). The
     learning rate is 0 until Run sets it before each step."""
-    bn = {p for norm in _norms(model) for p in norm.parameters()}
+    bn = {p for norm in norms(model) for p in norm.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p not in bn]},
@@ -1070,11 +975,6 @@ def learning_rate(cfg, progress):
 # --- evaluation
 
 
-def test_size(size):
-    """Side of a test crop for a training crop, in pixels: 256 for 224."""
-    return round(size * 256 / 224)
-
-
 def cut_squares(frames, side, crops):
     """(N, T, H, W, 3) -> (N * crops, 3, T, side, side): squares evenly along the long side, the
     middle one if it is one."""
@@ -1088,7 +988,6 @@ def cut_squares(frames, side, crops):
 class TestClips(Dataset):
     """The test views of each video of a VideoClips: an item is a dict of clips
     (clips * crops, 3, T, S, S) uint8, index, and bad (why the video cannot be read, else "").
-
     clips: how many, at 0, 1/clips, 2/clips, ... of the last possible start (released kinetics.py,
     line 217), or a function of the duration that gives the starts. crops: squares of a clip."""
 
@@ -1109,7 +1008,7 @@ class TestClips(Dataset):
                 else:
                     room = max(0, reader.duration - cfg.clip_seconds)
                     starts = np.arange(self.clips) / self.clips * room
-                frames = _read(reader, starts, cfg.frames, cfg.stride)
+                frames = read_from(reader, starts, cfg.frames, cfg.stride)
         except BadVideo as error:
             return {"index": index, "bad": str(error)}
         clips = cut_squares(torch.from_numpy(frames), self.size, self.crops)
@@ -1117,14 +1016,13 @@ class TestClips(Dataset):
 
 
 def extract_features(network, test_clips, allow_missing=False):
-    """Run a network, in the mode that it is in, on the test views of each video.
-
-    network: (views, 3, T, S, S) float32 -> a tensor of any one shape; the tensors item["more"] are
-    further arguments. Each video is read once, on one rank. Returns on every rank outputs (n, ...)
-    float32 on the CPU and indices (n,) of the videos that can be read. Another one ends the
-    process, unless allow_missing leaves it out."""
+    """Run a network, in the mode that it is in, on the test views of each video: (views, 3, T, S, S)
+    float32 and the tensors item["more"] -> a tensor of one shape. Returns on every rank outputs
+    (n, ...) float32 on the CPU and indices (n,) of the videos that can be read, each read once.
+    Another one ends the process, unless allow_missing leaves it out."""
     mine = range(rank(), len(test_clips), world_size())
-    loader = _loader(test_clips.dataset.cfg, test_clips, batch_size=None, sampler=mine)
+    how = {"num_workers": test_clips.dataset.cfg.workers, "worker_init_fn": worker_init}
+    loader = DataLoader(test_clips, batch_size=None, sampler=mine, **how)
     outputs = {}
     for item in tqdm(loader, "videos", disable=rank() > 0 or None):
         if reason := item["bad"]:
@@ -1159,9 +1057,9 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
 
 # --- the run
 
-# flags that may change when a run goes on
-FREE = ["out", "max_steps", "log_every", "workers", "low_memory", "knn_every"]
-FREE += ["allow_missing", "test_clips", "test_crops", "test_size", "neighbours"]  # of evaluations
+# flags that may change when a run goes on, the last five in an evaluation
+FREE = "out max_steps log_every workers low_memory knn_every".split()
+FREE += "allow_missing test_clips test_crops test_size neighbours".split()
 
 # what a checkpoint holds of a Run, beside model and optimizer
 RESUMED = ["step", "losses", "bad_videos", "log_bytes"]
@@ -1173,11 +1071,7 @@ ROW = "{step:8d} {epoch:7.1f} {loss:10.4f} {feature_std:12.3f} {knn:>6} {videos_
 
 class Run:
     """A training run. The script writes out the step; Run owns what is no algorithm: learning rate,
-    log, checkpoints, resume, stop signals, kNN.
-
-    step: optimizer steps done. epoch: passes over the videos done, fractional. progress: the share
-    of the run that is over after the present step, 1 at the last. finished: all steps are done.
-    chance: the loss of features that know nothing."""
+    log, checkpoints, resume, stop signals, kNN. chance: the loss of features that know nothing."""
 
     def __init__(self, cfg, dataset, model, optimizer, chance):
         self.cfg, self.dataset, self.chance = cfg, dataset, chance
@@ -1185,33 +1079,25 @@ class Run:
         self.steps_per_epoch = len(dataset) // cfg.batch_size
         self.total = cfg.epochs * self.steps_per_epoch
         self.last = min(self.total, cfg.max_steps or self.total)
-        self.step = 0
         self.losses = []  # of each step since the last line of the log
         self.bad_videos = []  # why each cannot be read
         self.log_bytes = 0
-        self.waited = 0.0  # seconds, for data
-        self.in_a_row = collections.Counter()  # lines of the log with the same warning
+        self.in_a_row = Counter()  # lines of the log with the same warning
         self.stop_asked = False
-        self.out = Path(cfg.out)
-        self.resume(self.out / "last.pth")
         self.labelled = np.flatnonzero(dataset.labels >= 0)[:5000]
-        self.knn_every = getattr(cfg, "knn_every", 0) if len(self.labelled) > 1 else 0
+        self.out = Path(cfg.out)
+        self.count(0)
+        self.resume(self.out / "last.pth")
         if self.total < 200:
             print_main(f"WARN only {self.total} steps: a network learns little; more --epochs help")
         if left := len(dataset) % cfg.batch_size:
             print_main(f"WARN each epoch leaves out {left} videos, too few for another batch")
 
-    @property
-    def epoch(self):
-        return self.step / self.steps_per_epoch
-
-    @property
-    def progress(self):
-        return (self.step + 1) / self.total
-
-    @property
-    def finished(self):
-        return self.step == self.total
+    def count(self, step):
+        self.step = step  # of the optimizer, done
+        self.epoch = step / self.steps_per_epoch  # passes over the videos, done
+        self.progress = (step + 1) / self.total  # share of the run after the present step
+        self.finished = step == self.total
 
     def batches(self):
         """Yield the batches of the run, dicts of tensors on the device: clips (B, V, 3, T, H, W),
@@ -1222,20 +1108,30 @@ class Run:
             words = "nothing was trained; to train anew, delete that folder or give another --out"
             print_main(f"{cfg.out} is at step {self.step} of {self.last} already: {words}")
             return
-        self.clean_up()
+        if rank() == 0:  # remove what a killed run has left: files, lines after its checkpoint
+            for orphan in self.out.glob("*.tmp"):
+                orphan.unlink()
+            with open(self.out / "log.jsonl", "ab") as file:
+                file.truncate(min(file.tell(), self.log_bytes))
         before = {s: signal.signal(s, self.ask_stop) for s in (signal.SIGTERM, signal.SIGINT)}
         sampler = TrainSampler(cfg, len(self.dataset), self.step, self.last)
-        collate = getattr(self.dataset, "collate", None)  # None: torch's default
-        loader = _loader(cfg, self.dataset, batch_sampler=sampler, collate_fn=collate)
         silent = rank() > 0 or None  # None: silent unless it writes to a terminal
+        loader = DataLoader(
+            self.dataset,
+            batch_sampler=sampler,
+            collate_fn=self.dataset.collate,
+            num_workers=cfg.workers,
+            worker_init_fn=worker_init,
+            pin_memory=device().type == "cuda",
+        )
         self.bar = tqdm(loader, cfg.script, self.last, initial=self.step, disable=silent)
         print_main(f"chance level of the loss: {self.chance:.4f}")
         print_main("    step   epoch       loss  feature std    kNN  videos/s")
-        self.since, self.logged = time.monotonic(), self.step
+        self.waited, self.logged, self.since = 0.0, self.step, time.monotonic()
         asked = self.since
         try:
             for batch in self.bar:
-                self.waited += time.monotonic() - asked
+                self.waited += time.monotonic() - asked  # for data
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate(cfg, self.step / self.total)
                 torch.manual_seed(hash((cfg.seed, self.step, rank())))  # of dropout
@@ -1275,28 +1171,26 @@ class Run:
 
     def after_step(self):
         """Count the step; log, evaluate and save when it is time; return whether to stop."""
-        self.step += 1
+        self.count(self.step + 1)
         epochs, rest = divmod(self.step, self.steps_per_epoch)
         if rest == 0 and world_size() > 1:
             for buffer in self.model.buffers():  # BN statistics: of rank 0 from here on
                 dist.broadcast(buffer, 0)
         stops = gather(torch.tensor([int(self.stop_asked)]))  # on the CPU: no wait for the GPU
         stop = stops.sum().item() > 0
-        knn = self.knn_every and rest == 0 and (epochs % self.knn_every == 0 or self.finished)
+        every = getattr(self.cfg, "knn_every", 0) if len(self.labelled) > 1 else 0
+        knn = every > 0 and rest == 0 and (epochs % every == 0 or self.finished)
         if knn or self.finished or self.step % self.cfg.log_every == 0:
             self.log(knn)
         if rest == 0 or stop or self.step % SAVE_EVERY == 0 or self.step == self.last:
             self.save()
         if self.step == self.last and self.losses:
-            # part of an interval; a resume cuts it off and writes the whole one
-            self.log(knn=False)
+            self.log(knn=False)  # part of an interval; a resume writes the whole one
         return stop
 
     def mean_losses(self):
         """Each loss since the last line of the log, averaged over ranks; ends the run if one is not
-        finite. To look at them waits for the GPU: only a log line or a save does. The ranks' bad
-        videos are united, too."""
-        self.bad_videos = sorted(set().union(*gather_objects(self.bad_videos)))
+        finite. To look at them waits for the GPU: only a log line or a save does."""
         losses = torch.stack([torch.as_tensor(loss, device=device()) for loss in self.losses])
         losses = gather(losses[None]).mean(0).tolist()
         for step, loss in enumerate(losses, self.step - len(losses) + 1):
@@ -1310,8 +1204,9 @@ class Run:
 
     def log(self, knn):
         """A line of JSON in log.jsonl, a row on the terminal, a warning if a number looks wrong."""
+        cfg, losses = self.cfg, self.mean_losses()
+        self.bad_videos = sorted(set().union(*gather_objects(self.bad_videos)))
         unit = F.normalize(self.features.float(), dim=-1).flatten(0, 1)  # (B * V, D)
-        losses = self.mean_losses()
         seconds = time.monotonic() - self.since
         line = {
             "step": self.step,
@@ -1320,7 +1215,7 @@ class Run:
             "chance": self.chance,
             "lr": self.optimizer.param_groups[0]["lr"],
             "feature_std": unit.std(dim=0).mean().item() * unit.shape[1] ** 0.5,
-            "videos_per_second": (self.step - self.logged) * self.cfg.batch_size / seconds,
+            "videos_per_second": (self.step - self.logged) * cfg.batch_size / seconds,
             "data_wait": self.waited / seconds,
             "clip_distance": clip_distance(self.starts),
             "bad_videos": len(self.bad_videos),
@@ -1329,24 +1224,11 @@ class Run:
         if knn:
             line["knn_top1"] = self.measure_knn()
         if rank() == 0:
-            self.append(json.dumps(line) + "\n")
+            with open(self.out / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+                self.log_bytes = file.tell()
         print_main(ROW.format(knn=line.get("knn_top1", "-"), **line))
         self.bar.set_postfix_str(f"loss {line['loss']:.4f}", refresh=False)
-        self.diagnose(line)
-        self.losses, self.waited = [], 0.0
-        self.since, self.logged = time.monotonic(), self.step
-
-    def append(self, line):
-        try:
-            with open(self.out / "log.jsonl", "a") as file:
-                file.write(line)
-                self.log_bytes = file.tell()
-        except OSError as error:
-            fail(f"cannot write log.jsonl in {self.out}: {error.strerror}", code=1)
-
-    def diagnose(self, line):
-        """Say in words what has looked wrong for some lines of the log in a row."""
-        cfg = self.cfg
         trained = cfg.num_views > 1 and self.step > cfg.warmup * self.total
         collapsed = trained and line["feature_std"] < 0.2
         at_chance = trained and line["loss"] > 0.98 * self.chance
@@ -1360,6 +1242,8 @@ class Run:
             self.in_a_row[what] = self.in_a_row[what] + 1 if wrong else 0
             if self.in_a_row[what] == lines:
                 print_main(f"WARN {what} (README: is my loss normal?)")
+        self.losses = []
+        self.waited, self.logged, self.since = 0.0, self.step, time.monotonic()
 
     def measure_knn(self):
         """kNN accuracy of the backbone, in percent, on every fifth of up to 5000 training videos
@@ -1387,62 +1271,49 @@ class Run:
             self.losses = self.mean_losses()
         network, settings = self.model.encoder.backbone, self.settings()
         last = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        if not all_finite(last["model"], self.optimizer.state):
-            self.diverge(f"weights are not finite after step {self.step}")
+        for state in (last["model"], *self.optimizer.state.values()):
+            if not all(torch.as_tensor(value).isfinite().all() for value in state.values()):
+                self.diverge(f"weights are not finite after step {self.step}")
         last |= {name: getattr(self, name) for name in RESUMED} | {"cfg": settings}
         more = {"step": self.step, "finished": self.finished, "feature_dim": network.feature_dim}
         state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
         backbone = {"state_dict": state, "config": settings | more}
-        for name, content in (("backbone", backbone), ("last", last)):
-            write_file(self.out / f"{name}.pth", functools.partial(torch.save, content))
+        write_file(self.out / "backbone.pth", functools.partial(torch.save, backbone))
+        write_file(self.out / "last.pth", functools.partial(torch.save, last))
         (self.out / "diverged").unlink(missing_ok=True)
 
     def resume(self, path):
-        """Go on from last.pth if there is one, on all ranks from the same step."""
+        """Go on from last.pth if there is one, on all ranks from the same step. Ends the process if
+        it is of another run; warns if the code has changed."""
         if path.exists():
             try:
                 saved = read_file(path)
-                self.compare(saved, path)
+                self.compare(saved["cfg"], saved["step"] == self.total)
                 self.model.load_state_dict(saved["model"])
                 self.optimizer.load_state_dict(saved["optimizer"])
                 for name in RESUMED:
                     setattr(self, name, saved[name])
-            except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            except Exception as error:
                 fail(f"{path} cannot go on in this run ({error}); choose another --out")
+            self.count(self.step)
             print_main(f"{path}: going on after step {self.step}")
         steps = gather_objects(self.step)
         if len(set(steps)) > 1:
             fail(f"the ranks found steps {steps} in {path}: is its disk not shared?")
 
-    def compare(self, saved, path):
-        """End the process if a checkpoint is of another run; warn if the code has changed."""
+    def compare(self, before, finished):
+        """End the process if settings before make another run; warn if only code has changed."""
         for name, now in self.settings().items():
-            was = saved["cfg"].get(name)
+            was = before.get(name)
             lower = name == "lr" and now < was and (self.out / "diverged").exists()
             if was == now or name in FREE or lower:
                 continue
             if not name.endswith(".py"):
                 flag = f"--{name.replace('_', '-')} {was}, not {now}"
-                fail(f"{path} was made with {flag}; choose another --out")
-            if saved["step"] == self.total:
-                fail(f"{path} is finished, and {name} has changed since; choose another --out")
+                fail(f"{self.out} was made with {flag}; choose another --out")
+            if finished:
+                fail(f"{self.out} is finished, and {name} has changed since; choose another --out")
             print_main(f"WARN {name} has changed since that run began")
-
-    def clean_up(self):
-        """Remove what was logged after the checkpoint, and what a save that was killed has left."""
-        if rank() == 0:
-            for orphan in self.out.glob("*.tmp"):
-                orphan.unlink()
-            with open(self.out / "log.jsonl", "ab") as file:
-                file.truncate(min(file.tell(), self.log_bytes))
-
-
-def all_finite(model, optimizer):
-    """Whether all tensors of a model's state dict and of an optimizer's states are."""
-    states = [model, *optimizer.values()]
-    return all(
-        torch.as_tensor(value).isfinite().all() for state in states for value in state.values()
-    )
 
 
 def clip_distance(starts):

@@ -98,9 +98,9 @@ def fill_settings(cfg):
         for setting in {"backbone", "frames", "stride", "size"} & saved.keys() - cfg.given:
             setattr(cfg, setting, saved[setting])
     cfg.short_side = tuple(round(cfg.size * side / 224) for side in (256, 320))
-    cfg.test_size = cfg.test_size or common.test_size(cfg.size)
+    cfg.test_size = cfg.test_size or round(cfg.size * 256 / 224)
     if "out" not in cfg.given:
-        data = f"{common.data_name(cfg)}-" if cfg.data else ""
+        data = f"{cfg.data_name}-" if cfg.data else ""
         cfg.out = f"out/{cfg.script}-{data}{name}"
     return saved
 
@@ -173,7 +173,8 @@ def test_set(cfg, dataset):
         common.fail(f"--val: no videos in {source}")
     if unknown := set(labels) - set(dataset.classes) - {""}:
         common.fail(f"--val has a class that the training videos lack: {min(unknown)}")
-    test = dataset.subset(paths, labels)
+    videos = paths, labels
+    test = common.VideoClips(cfg, sample_clips, videos=videos, classes=dataset.classes)
     for flag, part in (("--data", dataset), ("--val", test)):
         for index in np.flatnonzero(part.labels < 0):
             common.fail(f"{flag} has videos without a label, such as {part.path(index)}")
@@ -211,7 +212,7 @@ def write_result(cfg, result, summary):
     """Write result.json, with what it takes to repeat it; print the summary and the path."""
     path = f"{cfg.out}/result.json"
     result = result | {name: getattr(cfg, name) for name in ("weights", "backbone", "seed")}
-    result |= {"command": shlex.join(sys.argv), "versions": common.versions()}
+    result |= {"command": shlex.join(sys.argv), "versions": common.VERSIONS}
     text = json.dumps(result, indent=1) + "\n"
     common.write_file(path, lambda file: file.write(text.encode()))
     common.print_main(f"{summary}\n{path}")

@@ -519,7 +519,7 @@ def build(cfg):
         return Charades(cfg, *train), views, Classifier(cfg, 157), test_charades
     if cfg.dataset in PARSERS:
         dataset = common.VideoClips(cfg, sample, videos=train)
-        test_data = dataset.subset(*tested)
+        test_data = common.VideoClips(cfg, sample, videos=tested, classes=dataset.classes)
         unknown = set(tested[1]) - set(dataset.classes)
         if unknown:
             common.fail(f"--data {cfg.data}: no training video of class {min(unknown)}")

@@ -577,7 +577,8 @@ class WithTorchcodec(torch.utils.data.Dataset):
         decoder = VideoDecoder(self.paths[i], seek_mode="approximate", num_ffmpeg_threads=1)
         duration = decoder.metadata.duration_seconds
         starts = np.random.uniform(0, max(0, duration - cfg.clip_seconds), cfg.rho)
-        times = common.frame_times(starts, cfg.frames, cfg.stride).clip(max=duration - 0.01)
+        times = starts[:, None] + np.arange(cfg.frames) * cfg.stride / 30  # (rho, T)
+        times = times.clip(max=duration - 0.01)
         frames = decoder.get_frames_played_at(times.ravel().tolist()).data  # (N, 3, H, W)
         clips = frames.unflatten(0, times.shape)  # (rho, T, 3, H, W)
         return torch.stack(
@@ -700,7 +701,7 @@ def main():
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     cores = len(os.sched_getaffinity(0))
     processor = cpu_name()
-    versions = common.versions()
+    versions = common.VERSIONS
     say("bench", versions=versions, cpu=processor, cores=cores, commit=commit.stdout.strip())
     with tempfile.TemporaryDirectory() as folder:
         for name in options.only:

@@ -477,7 +477,7 @@ def test_report_counts_hits(tmp_path, capsys):
     names = [f"class {i}" for i in range(8)]
     cfg = arguments(eval_linear, weights="random", seed=3, out=str(tmp_path))
     paths = [str(i) for i in range(6)]
-    test = common.VideoClips(cfg, None, videos=(paths, names[:6])).subset(paths, names[:6])
+    test = common.VideoClips(cfg, None, videos=(paths, names[:6]))
     test.classes = names
     eval_linear.report(cfg, test, 12.345, scores, torch.tensor([0, 0, 4, 5]))
     line, path = capsys.readouterr().out.splitlines()[-2:]
