@@ -68,13 +68,11 @@ class Config:
 
     @property
     def num_views(self):
-        """V, views per video: with rho = 1 one clip is augmented twice."""
-        return max(2, self.rho)
+        return max(2, self.rho)  # V: with rho = 1 one clip is augmented twice
 
     @property
     def clip_seconds(self):
-        """Length of a clip in seconds; strides count frames at 30 fps."""
-        return self.frames * self.stride / 30
+        return self.frames * self.stride / 30  # strides count frames at 30 fps
 
 
 DEMO = dict(backbone="tiny", stride=4, short_side=(64, 64), size=32, crop_area=(0.4, 1.0))
@@ -88,8 +86,8 @@ EXAMPLES = """examples:
 
 
 def parse_args(config, demo, argv=None):
-    """A Config from flags; without --data or with --small, demo ({field: value}) replaces its
-    defaults. Flags that are given, their names are in cfg.given, always win."""
+    """A config with the flags of argv. Without --data or with --small the values in demo replace
+    defaults. Flags that are given always win; cfg.given has their names."""
     script = sys.modules[config.__module__]
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--flag value ...]",
@@ -100,8 +98,11 @@ def parse_args(config, demo, argv=None):
         allow_abbrev=False,
     )
     parser.error = fail
+    run = parser.add_argument_group("the run")
+    recipe = parser.add_argument_group("the recipe")
     for field in dataclasses.fields(config):
-        parser.add_argument("--" + field.name.replace("_", "-"), **field.metadata)
+        group = run if hasattr(Config, field.name) else recipe
+        group.add_argument("--" + field.name.replace("_", "-"), **field.metadata)
     given = vars(parser.parse_args(argv))
     given |= {name: tuple(value) for name, value in given.items() if isinstance(value, list)}
     cfg = config(**given)
@@ -109,7 +110,7 @@ def parse_args(config, demo, argv=None):
         cfg = config(**demo | given)
     cfg.given = set(given)
     cfg.script = Path(script.__file__).stem
-    cfg.data_name = Path(cfg.data or "demo").absolute().stem  # for folders
+    cfg.data_name = Path(cfg.data or "demo").absolute().stem
     cfg.out = cfg.out or f"out/{cfg.script}-{cfg.data_name}-rho{cfg.rho}"
     if min(cfg.rho, cfg.frames, cfg.stride, cfg.size, cfg.epochs, cfg.log_every) < 1:
         fail("--rho, --frames, --stride, --size, --epochs and --log-every must be 1 or more")
@@ -160,9 +161,8 @@ def init_distributed(cfg):
     if cfg.workers < 0:
         most = 16 if multiprocessing.get_start_method() == "fork" else 4  # each imports torch
         cfg.workers = max(1, min(most, cores))
-    if cfg.workers == 0:
-        cores = 1  # on a busy machine, threads that wait for each other slow augmentation down
-    torch.set_num_threads(max(1, min(torch.get_num_threads(), cores)))
+    threads = cores if cfg.workers else 1  # else augmentation waits for threads of busy cores
+    torch.set_num_threads(max(1, min(torch.get_num_threads(), threads)))
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group(backend)
     try:
@@ -192,12 +192,10 @@ def rank():
 
 
 def world_size():
-    """How many processes train together; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def device():
-    """This process's GPU, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -223,8 +221,8 @@ class Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """(B, ...) of each rank -> (W * B, ...) on every rank, rank by rank. If each rank computes the
-    same loss from the result, the mean over ranks that DDP takes is the joint batch's gradient."""
+    """(B, ...) of each rank -> (W * B, ...) on every rank. If each rank computes the same loss from
+    it, the mean of gradients over ranks, which DDP takes, is the gradient of the joint batch."""
     return Gather.apply(x.contiguous()) if world_size() > 1 else x
 
 
@@ -457,27 +455,20 @@ SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .flv .wmv .
 
 
 def find_data(cfg):
-    """(training videos, test videos) that --data names: two folders train/ and val/, two splits of
-    one csv, or all of them and "" for the test videos. Makes the demo's videos, once."""
+    """What holds the training videos: --data or its folder train/. Makes the demo's, once."""
     data = Path(cfg.data or "data/demo")
     if not cfg.data:
         if rank() == 0 and not data.exists():
             script = Path(__file__).with_name("tests") / "demo_videos.py"
             subprocess.run([sys.executable, script, data], check=True)
         gather_objects(None)  # the other ranks wait
-    root = data.parent if data.name == "train" else data
-    if (root / "train").is_dir() and (root / "val").is_dir():
-        return root / "train", root / "val"
-    if data.is_file() and list_videos(data, "val")[0]:
-        return data, data
-    return data, ""
+    return data / "train" if (data / "train").is_dir() else data
 
 
 def list_videos(source, split=None):
-    """Paths and labels ("": none) of the videos of a source: a folder, searched at any depth (the
-    folder that a video lies in is its label), a video file, a text list (`path` or
-    `path<TAB>label` lines, # comments), or a csv with a header of path, label, split ("train" takes
-    the rows train, "val" the rows val or test). A path is relative to its list."""
+    """Paths and labels ("": none) of a folder, searched at any depth, whose folders are the labels;
+    of a text list of `path` or `path<TAB>label` lines, # comments; of a csv with a header of path,
+    label, split ("train": its rows train, "val": val or test); or of one video file."""
     folder, name = os.path.split(source)
     if os.path.isdir(source):
         folder = source
@@ -492,9 +483,10 @@ def list_videos(source, split=None):
                 lines = [line for line in file if line.strip() and line[0] != "#"]
         except OSError as error:
             fail(f"--data {source}: {error.strerror}")
-        columns = None if name.endswith(".csv") else ("path", "label")  # None: a header has them
-        form = csv.excel if columns is None else csv.excel_tab
-        rows = list(csv.DictReader(lines, columns, restval="", dialect=form))
+        if name.endswith(".csv"):
+            rows = list(csv.DictReader(lines, restval=""))
+        else:
+            rows = [dict(zip(("path", "label"), line.split("\t"), strict=False)) for line in lines]
     if rows and "path" not in rows[0]:
         fail(f"{source}: its first line must name the columns path, label, split")
     if split:
@@ -522,7 +514,7 @@ class VideoClips(Dataset):
         self.cfg, self.sample_clips = cfg, sample_clips
         self.crop, self.color = (transform, None) if transform else train_transform(cfg)
         self.color_on_device = device().type == "cuda"  # a worker must not ask
-        paths, labels = videos or list_videos(find_data(cfg)[0], "train")
+        paths, labels = videos or list_videos(find_data(cfg), "train")
         if not paths:
             fail(f"no videos in {cfg.data} (looked for {' '.join(SUFFIXES)})")
         self.classes = classes or sorted(set(labels) - {""})
@@ -586,8 +578,8 @@ class VideoClips(Dataset):
 
 
 def fit_to_videos(cfg, n):
-    """With --small, fit batch size and epochs, unless given, to n videos: at most a quarter of them
-    a step, at least 400 steps. Ends the process if there can be no batch."""
+    """With --small, batch size and epochs, unless given: a step takes at most a quarter of the n
+    videos, a run at least 400 steps. Ends the process if there can be no batch."""
     ranks = world_size()
     if cfg.small:
         if "batch_size" not in cfg.given:
@@ -1060,12 +1052,8 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
 # flags that may change when a run goes on, the last five in an evaluation
 FREE = "out max_steps log_every workers low_memory knn_every".split()
 FREE += "allow_missing test_clips test_crops test_size neighbours".split()
-
-# what a checkpoint holds of a Run, beside model and optimizer
-RESUMED = ["step", "losses", "bad_videos", "log_bytes"]
-
+RESUMED = ["step", "bad_videos", "log_bytes"]  # in a checkpoint, beside model and optimizer
 SAVE_EVERY = 200  # steps, where an epoch has more
-
 ROW = "{step:8d} {epoch:7.1f} {loss:10.4f} {feature_std:12.3f} {knn:>6} {videos_per_second:9.1f}"
 
 
@@ -1105,8 +1093,8 @@ class Run:
         and calls record() before it asks for the next one."""
         cfg = self.cfg
         if self.step >= self.last:
-            words = "nothing was trained; to train anew, delete that folder or give another --out"
-            print_main(f"{cfg.out} is at step {self.step} of {self.last} already: {words}")
+            print_main(f"{cfg.out} is at step {self.step} of {self.last}: nothing was trained")
+            print_main("to train anew, delete that folder or give another --out")
             return
         if rank() == 0:  # remove what a killed run has left: files, lines after its checkpoint
             for orphan in self.out.glob("*.tmp"):
@@ -1115,23 +1103,19 @@ class Run:
                 file.truncate(min(file.tell(), self.log_bytes))
         before = {s: signal.signal(s, self.ask_stop) for s in (signal.SIGTERM, signal.SIGINT)}
         sampler = TrainSampler(cfg, len(self.dataset), self.step, self.last)
-        silent = rank() > 0 or None  # None: silent unless it writes to a terminal
-        loader = DataLoader(
-            self.dataset,
-            batch_sampler=sampler,
-            collate_fn=self.dataset.collate,
-            num_workers=cfg.workers,
-            worker_init_fn=worker_init,
-            pin_memory=device().type == "cuda",
+        how = dict(batch_sampler=sampler, collate_fn=self.dataset.collate, num_workers=cfg.workers)
+        how |= dict(worker_init_fn=worker_init, pin_memory=device().type == "cuda")
+        loader = DataLoader(self.dataset, **how)
+        self.bar = tqdm(
+            loader, cfg.script, self.last, initial=self.step, disable=rank() > 0 or None
         )
-        self.bar = tqdm(loader, cfg.script, self.last, initial=self.step, disable=silent)
         print_main(f"chance level of the loss: {self.chance:.4f}")
         print_main("    step   epoch       loss  feature std    kNN  videos/s")
-        self.waited, self.logged, self.since = 0.0, self.step, time.monotonic()
+        self.since, self.waited = time.monotonic(), 0.0  # the last line of the log; for data
         asked = self.since
         try:
             for batch in self.bar:
-                self.waited += time.monotonic() - asked  # for data
+                self.waited += time.monotonic() - asked
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate(cfg, self.step / self.total)
                 torch.manual_seed(hash((cfg.seed, self.step, rank())))  # of dropout
@@ -1140,7 +1124,7 @@ class Run:
                     break
                 asked = time.monotonic()
         except BadVideo as error:  # raised anew by the loader, behind a worker's traceback
-            fail(str(error).strip().split("\n")[-1].removeprefix("common.BadVideo: "))
+            fail(str(error).strip().split("\n")[-1])
         self.bar.close()
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -1177,36 +1161,27 @@ class Run:
             for buffer in self.model.buffers():  # BN statistics: of rank 0 from here on
                 dist.broadcast(buffer, 0)
         stops = gather(torch.tensor([int(self.stop_asked)]))  # on the CPU: no wait for the GPU
-        stop = stops.sum().item() > 0
+        stop = stops.sum().item() > 0 or self.step == self.last
         every = getattr(self.cfg, "knn_every", 0) if len(self.labelled) > 1 else 0
         knn = every > 0 and rest == 0 and (epochs % every == 0 or self.finished)
-        if knn or self.finished or self.step % self.cfg.log_every == 0:
+        if knn or stop or self.step % self.cfg.log_every == 0:
             self.log(knn)
-        if rest == 0 or stop or self.step % SAVE_EVERY == 0 or self.step == self.last:
+        if rest == 0 or stop or self.step % SAVE_EVERY == 0:
             self.save()
-        if self.step == self.last and self.losses:
-            self.log(knn=False)  # part of an interval; a resume writes the whole one
         return stop
 
-    def mean_losses(self):
-        """Each loss since the last line of the log, averaged over ranks; ends the run if one is not
-        finite. To look at them waits for the GPU: only a log line or a save does."""
-        losses = torch.stack([torch.as_tensor(loss, device=device()) for loss in self.losses])
-        losses = gather(losses[None]).mean(0).tolist()
-        for step, loss in enumerate(losses, self.step - len(losses) + 1):
+    def log(self, knn):
+        """A line of JSON in log.jsonl, a row on the terminal, a warning if a number looks wrong.
+        Here alone, and in save(), the GPU is waited for."""
+        cfg, first = self.cfg, self.step - len(self.losses) + 1
+        losses = gather(torch.stack(self.losses)[None]).mean(0).tolist()  # (steps,)
+        for step, loss in enumerate(losses, first):
             if not math.isfinite(loss):
                 self.diverge(f"non-finite loss at step {step}")
-        return losses
-
-    def diverge(self, what):
-        (self.out / "diverged").touch()
-        fail(f"{what}; the last checkpoint goes on with a --lr below {self.cfg.lr:g}", code=1)
-
-    def log(self, knn):
-        """A line of JSON in log.jsonl, a row on the terminal, a warning if a number looks wrong."""
-        cfg, losses = self.cfg, self.mean_losses()
         self.bad_videos = sorted(set().union(*gather_objects(self.bad_videos)))
         unit = F.normalize(self.features.float(), dim=-1).flatten(0, 1)  # (B * V, D)
+        starts = self.starts.reshape(*self.starts.shape[:2], -1)[:, :, :1]  # (B, V, 1)
+        pairs = len(starts) * max(1, cfg.num_views * (cfg.num_views - 1))
         seconds = time.monotonic() - self.since
         line = {
             "step": self.step,
@@ -1215,9 +1190,9 @@ class Run:
             "chance": self.chance,
             "lr": self.optimizer.param_groups[0]["lr"],
             "feature_std": unit.std(dim=0).mean().item() * unit.shape[1] ** 0.5,
-            "videos_per_second": (self.step - self.logged) * cfg.batch_size / seconds,
+            "videos_per_second": len(losses) * cfg.batch_size / seconds,
             "data_wait": self.waited / seconds,
-            "clip_distance": clip_distance(self.starts),
+            "clip_distance": torch.cdist(starts, starts, p=1).sum().item() / pairs,  # seconds
             "bad_videos": len(self.bad_videos),
         }
         line |= {name: float(value) for name, value in self.numbers.items()}
@@ -1242,8 +1217,11 @@ class Run:
             self.in_a_row[what] = self.in_a_row[what] + 1 if wrong else 0
             if self.in_a_row[what] == lines:
                 print_main(f"WARN {what} (README: is my loss normal?)")
-        self.losses = []
-        self.waited, self.logged, self.since = 0.0, self.step, time.monotonic()
+        self.losses, self.since, self.waited = [], time.monotonic(), 0.0
+
+    def diverge(self, what):
+        (self.out / "diverged").touch()
+        fail(f"{what}; the last checkpoint goes on with a --lr below {self.cfg.lr:g}", code=1)
 
     def measure_knn(self):
         """kNN accuracy of the backbone, in percent, on every fifth of up to 5000 training videos
@@ -1267,17 +1245,16 @@ class Run:
 
     def save(self):
         """Write last.pth, all that a resume needs, and backbone.pth, what others load."""
-        if self.losses:
-            self.losses = self.mean_losses()
-        network, settings = self.model.encoder.backbone, self.settings()
-        last = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        for state in (last["model"], *self.optimizer.state.values()):
+        model, network = self.model.state_dict(), self.model.encoder.backbone
+        for state in (model, *self.optimizer.state.values()):
             if not all(torch.as_tensor(value).isfinite().all() for value in state.values()):
                 self.diverge(f"weights are not finite after step {self.step}")
-        last |= {name: getattr(self, name) for name in RESUMED} | {"cfg": settings}
-        more = {"step": self.step, "finished": self.finished, "feature_dim": network.feature_dim}
+        settings, now = self.settings(), {"step": self.step, "finished": self.finished}
+        last = {name: getattr(self, name) for name in RESUMED} | {"cfg": settings, "model": model}
+        last["optimizer"] = self.optimizer.state_dict()
         state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
-        backbone = {"state_dict": state, "config": settings | more}
+        backbone = {"state_dict": state, "config": settings | now}
+        backbone["config"]["feature_dim"] = network.feature_dim
         write_file(self.out / "backbone.pth", functools.partial(torch.save, backbone))
         write_file(self.out / "last.pth", functools.partial(torch.save, last))
         (self.out / "diverged").unlink(missing_ok=True)
@@ -1302,7 +1279,7 @@ class Run:
             fail(f"the ranks found steps {steps} in {path}: is its disk not shared?")
 
     def compare(self, before, finished):
-        """End the process if settings before make another run; warn if only code has changed."""
+        """End the process if these settings make another run; warn if only code has changed."""
         for name, now in self.settings().items():
             was = before.get(name)
             lower = name == "lr" and now < was and (self.out / "diverged").exists()
@@ -1310,14 +1287,7 @@ class Run:
                 continue
             if not name.endswith(".py"):
                 flag = f"--{name.replace('_', '-')} {was}, not {now}"
-                fail(f"{self.out} was made with {flag}; choose another --out")
+                fail(f"{self.out}/last.pth was made with {flag}; choose another --out")
             if finished:
                 fail(f"{self.out} is finished, and {name} has changed since; choose another --out")
             print_main(f"WARN {name} has changed since that run began")
-
-
-def clip_distance(starts):
-    """Mean seconds between the starts of two clips of a video; starts (B, V) or (B, V, T)."""
-    starts = starts.reshape(*starts.shape[:2], -1)[:, :, :1]  # (B, V, 1)
-    B, V, _ = starts.shape
-    return torch.cdist(starts, starts, p=1).sum().item() / B / max(1, V * (V - 1))

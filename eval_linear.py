@@ -163,14 +163,14 @@ def load_weights(network, path):
 def test_set(cfg, dataset):
     """The videos to test on, with the classes of the training videos `dataset`. Ends the process if
     there are none or labels do not fit; warns of untested classes and of videos in both sets."""
-    source = cfg.val or common.find_data(cfg)[1]
-    if not source:
-        common.fail("no test videos: give --val, or --data with train/ and val/")
-    paths, labels = common.list_videos(source, "val")
-    if not paths:  # a list without splits
+    data = common.find_data(cfg)
+    beside = data.with_name("val")
+    source = cfg.val or (beside if data.name == "train" and beside.is_dir() else "")
+    paths, labels = common.list_videos(source or data, "val")
+    if not paths and source:  # it has no splits
         paths, labels = common.list_videos(source)
     if not paths:
-        common.fail(f"--val: no videos in {source}")
+        common.fail("no test videos: give --val, or --data with train/ and val/")
     if unknown := set(labels) - set(dataset.classes) - {""}:
         common.fail(f"--val has a class that the training videos lack: {min(unknown)}")
     videos = paths, labels

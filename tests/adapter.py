@@ -72,10 +72,24 @@ def checkpoint(out):
         model=model,
         enqueued=None if enqueued is None else int(enqueued),
         lrs=[group["lr"] for group in content["optimizer"]["param_groups"]],
-        loss_sum=float(sum(content["losses"])),
+        loss_sum=sum_of_losses(out),
     )
 
 
+def log_lines(out):
+    return [json.loads(line) for line in Path(out, "log.jsonl").read_text().splitlines()]
+
+
+def sum_of_losses(out):
+    """Over all steps: a line of the log has the mean of the steps since the line before."""
+    total, before = 0.0, 0
+    for line in log_lines(out) if Path(out, "log.jsonl").exists() else ():
+        total += line["loss"] * (line["step"] - before)
+        before = line["step"]
+    return total
+
+
 def last_log_line(out):
-    """The last object of log.jsonl; `loss` is the mean over all steps of the run."""
-    return json.loads(Path(out, "log.jsonl").read_text().splitlines()[-1])
+    """The last object of log.jsonl, but `loss` is the mean over all steps of the run."""
+    line = log_lines(out)[-1]
+    return {**line, "loss": sum_of_losses(out) / line["step"]}

@@ -57,7 +57,7 @@ def killed(function, argv, seconds):
 def test_sigkill_at_random_moments(small, tmp_path):
     """Ten kills anywhere in training with workers; each time the same command; the end is that of
     an undisturbed run, bit for bit."""
-    argv = [*small, "--epochs", "90", "--log-every", "3", "--workers", "2", "--knn-every", "40"]
+    argv = [*small, "--epochs", "90", "--log-every", "1", "--workers", "2", "--knn-every", "40"]
     run_ranks(1, train, [*argv, "--out", str(tmp_path / "whole")])
     chance, alive = random.Random(1), 0
     for _ in range(10):
@@ -89,6 +89,7 @@ def with_little_disk(argv):
 
 def test_full_disk(small, tmp_path, capfd):
     """A save that does not fit: exit code 1, one line; the last good checkpoint continues."""
+    small = [*small, "--log-every", "1"]
     run_ranks(1, train, [*small, "--max-steps", "2"])
     before = (tmp_path / "out/last.pth").read_bytes()
     capfd.readouterr()
@@ -123,6 +124,7 @@ DYING = """
 def test_a_rank_that_dies(small, tmp_path):
     """Under torchrun the whole job ends within a minute or so and says which signal; the same
     command then ends like an undisturbed run."""
+    small = [*small, "--log-every", "1"]
     script = tmp_path / "dying.py"
     script.write_text(textwrap.dedent(DYING.format(root=str(ROOT))))
     run = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
@@ -276,6 +278,7 @@ DYING_WORKER = """
 
 def test_a_worker_that_dies_in_an_evaluation(folder, tmp_path):
     """A status that is not 0, in time, and no process left behind."""
+    small = [*small, "--log-every", "1"]
     script = tmp_path / "dying.py"
     script.write_text(textwrap.dedent(DYING_WORKER.format(root=str(ROOT))))
     argv = ["--weights", "random", "--small", "--data", str(folder), "--val", str(folder)]

@@ -184,7 +184,7 @@ def _locked_on_the_way(argv, place):
 def test_output_folder_that_becomes_read_only(argv, open_place, tmp_path, capfd):
     """A save that is refused ends the run with exit code 1 and one line, and loses nothing: once it
     is writable again, the same command ends like an undisturbed run."""
-    flags = [*argv(byol), "--data", str(open_place / "data")]
+    flags = [*argv(byol), "--data", str(open_place / "data"), "--log-every", "1"]
     here = [*flags, "--out", str(open_place / "out")]
     byol.main([*here, "--max-steps", "2"])
     before = (open_place / "out/last.pth").read_bytes()
@@ -296,10 +296,9 @@ def test_training_on_a_csv(folder, argv, tmp_path, capfd):
     (tmp_path / "list.csv").write_text("\r\n".join(rows))
     byol.main([*argv(byol), "--data", str(tmp_path / "list.csv"), "--max-steps", "1"])
     assert "data: 9 videos, 2 classes" in capfd.readouterr().out
-    cfg = arguments(byol, data=str(tmp_path / "list.csv"))
-    train, test = common.find_data(cfg)
-    assert len(common.list_videos(train, "train")[0]) == 9
-    assert len(common.list_videos(test, "val")[0]) == 4
+    source = common.find_data(arguments(byol, data=str(tmp_path / "list.csv")))
+    assert len(common.list_videos(source, "train")[0]) == 9
+    assert len(common.list_videos(source, "val")[0]) == 4
 
 
 def test_one_video_file(folder, argv, capfd):
@@ -530,13 +529,13 @@ def test_checkpoint_of_another_method(other, checkpoints, argv, tmp_path, capfd)
 
 
 def test_another_folder_of_the_same_names(checkpoints, argv, tmp_path, folder, capfd):
-    """A resume with --data of other videos that are called the same: refused, both are named; a
-    slash at the end is no other folder."""
+    """A resume with --data of other videos that are called the same, or by another name of the
+    same folder: refused, both are named."""
     shutil.copytree(folder, tmp_path / "copy")
     byol.main([*argv(byol), "--max-steps", "1"])
     line = refused(byol, [*argv(byol), "--data", str(tmp_path / "copy")], capfd)
     assert f"--data {folder}, not {tmp_path / 'copy'}" in line
-    byol.main([*argv(byol), "--data", f"{folder}/", "--max-steps", "2"])
+    assert "--data" in refused(byol, [*argv(byol), "--data", f"{folder}/"], capfd)
 
 
 def test_a_folder_of_train_and_val(folder, argv, tmp_path, capfd):
@@ -548,9 +547,12 @@ def test_a_folder_of_train_and_val(folder, argv, tmp_path, capfd):
         out = ["--out", str(tmp_path / f"{i}")]
         byol.main([*argv(byol), "--data", str(data), "--max-steps", "1", *out])
         assert "data: 13 videos, 2 classes" in capfd.readouterr().out
-        train, val = common.find_data(arguments(byol, data=str(data)))
-        assert (Path(train), Path(val)) == (tmp_path / "root/train", tmp_path / "root/val")
-    assert common.find_data(arguments(byol, data=str(folder))) == (folder, "")
+        cfg = arguments(eval_linear, data=str(data))
+        dataset = common.VideoClips(cfg, None)
+        test = eval_linear.test_set(cfg, dataset)
+        assert Path(dataset.path(0)).is_relative_to(tmp_path / "root/train")
+        assert Path(test.path(0)).is_relative_to(tmp_path / "root/val") and len(test) > 0
+    assert common.find_data(arguments(byol, data=str(folder))) == folder
 
 
 @pytest.mark.parametrize("classes", ["odd new", "new", ""])
