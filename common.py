@@ -89,14 +89,9 @@ def parse_args(config, demo, argv=None):
     """A config with the flags of argv. Without --data or with --small the values in demo replace
     defaults. Flags that are given always win; cfg.given has their names."""
     script = sys.modules[config.__module__]
-    parser = argparse.ArgumentParser(
-        usage="%(prog)s [--flag value ...]",
-        description=script.__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    how = dict(usage="%(prog)s [--flag value ...]", description=script.__doc__, epilog=EXAMPLES)
+    how |= dict(argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, **how)
     parser.error = fail
     run = parser.add_argument_group("the run")
     recipe = parser.add_argument_group("the recipe")
@@ -497,11 +492,9 @@ def list_videos(source, split=None):
 
 
 class VideoClips(Dataset):
-    """The rho clips of each video, augmented, indexed by (epoch, index).
-
-    An item depends on (cfg.seed, epoch, index) alone. It is a dict: clips (V, 3, T, H, W) float32,
-    label (-1: none), index, starts (V,) in seconds or (V, T) of all frames, and bad: why a video
-    cannot be read, which another one replaces (else "").
+    """The rho clips of each video, augmented, indexed by (epoch, index). An item depends on these
+    and cfg.seed alone. It is a dict: clips (V, 3, T, H, W) float32, label (-1: none), index, starts
+    (V,) in seconds or (V, T) of all frames, bad: why another video replaces one (else "").
 
     sample_clips(duration, clip_seconds, rho, timespan, rng): the starts (rho,) or the times of all
     frames (rho, T), in seconds. transform: (T, 3, H, W) uint8 -> (T, 3, h, w) float32, the whole
@@ -541,10 +534,10 @@ class VideoClips(Dataset):
         """Frames (rho, T, H, W, 3) uint8 -> the tensors of an item: {"clips": (V, 3, T, H, W)}."""
         frames = torch.from_numpy(frames).permute(0, 1, 4, 2, 3)  # (rho, T, 3, H, W)
         crop_seeds, seeds = torch.from_numpy(rng.integers(2**62, size=(2, self.cfg.num_views)))
-        clips = []
+        crops = []
         for i, seed in enumerate(crop_seeds):
-            clips.append(draw(self.crop, frames[i % len(frames)], seed))  # rho = 1: one clip twice
-        clips = torch.stack(clips)  # (V, T, 3, H, W)
+            crops.append(draw(self.crop, frames[i % len(frames)], seed))  # rho = 1: one clip twice
+        clips = torch.stack(crops)  # (V, T, 3, H, W)
         if self.color is None:
             return {"clips": clips.transpose(1, 2)}
         if self.color_on_device:
@@ -850,13 +843,14 @@ def encode_views(network, clips, low_memory=False):
 @contextlib.contextmanager
 def frozen_statistics(network):
     """While activations are recomputed: BN must not count the same batch twice."""
-    for norm in norms(network):
-        norm.track_running_stats = False
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms(network)]
+    for norm, _, _ in before:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:  # torch leaves by an exception when it has what it needs
-        for norm in norms(network):
-            norm.track_running_stats = True
+        for norm, momentum, count in before:
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def norms(network):
@@ -1088,9 +1082,8 @@ class Run:
         self.finished = step == self.total
 
     def batches(self):
-        """Yield the batches of the run, dicts of tensors on the device: clips (B, V, 3, T, H, W),
-        label (B,), index (B,), starts (B, V) or (B, V, T). The script takes the optimizer's step
-        and calls record() before it asks for the next one."""
+        """Yield dicts of tensors on the device: clips (B, V, 3, T, H, W), label (B,), index (B,),
+        starts (B, V) or (B, V, T). Before the next one the script takes its step and records it."""
         cfg = self.cfg
         if self.step >= self.last:
             print_main(f"{cfg.out} is at step {self.step} of {self.last}: nothing was trained")
@@ -1224,8 +1217,7 @@ class Run:
         fail(f"{what}; the last checkpoint goes on with a --lr below {self.cfg.lr:g}", code=1)
 
     def measure_knn(self):
-        """kNN accuracy of the backbone, in percent, on every fifth of up to 5000 training videos
-        against the others; their features are averages over two clips."""
+        """kNN accuracy in percent: every fifth of up to 5000 training videos against the others."""
         network = self.model.encoder.backbone
         clips = TestClips(self.dataset, 2, indices=self.labelled)
         features, indices = extract_features(network.eval(), clips, allow_missing=True)
@@ -1260,8 +1252,7 @@ class Run:
         (self.out / "diverged").unlink(missing_ok=True)
 
     def resume(self, path):
-        """Go on from last.pth if there is one, on all ranks from the same step. Ends the process if
-        it is of another run; warns if the code has changed."""
+        """Go on from a checkpoint, if there is one, on all ranks from the same step."""
         if path.exists():
             try:
                 saved = read_file(path)
