@@ -841,7 +841,7 @@ def encode_views(network, clips, low_memory=False):
     (B, V, 3, T, H, W) -> (B, V, ...) float32. low_memory: keep only the inputs for backward."""
 
     def contexts():  # of the first forward pass, of the second
-        return contextlib.nullcontext(), frozen_statistics(network)
+        return contextlib.nullcontext(), restored_buffers(network)
 
     outputs = []
     for view in clips.unbind(1):
@@ -856,15 +856,14 @@ def encode_views(network, clips, low_memory=False):
 
 
 @contextlib.contextmanager
-def frozen_statistics(network):
-    """While activations are recomputed: BN must not count the same batch twice."""
-    for norm in norms(network):
-        norm.track_running_stats = False
+def restored_buffers(network):
+    """While activations are recomputed: BN statistics must not count the same batch twice."""
+    before = {buffer: buffer.clone() for buffer in network.buffers()}
     try:
         yield
     finally:  # torch leaves by an exception when it has what it needs
-        for norm in norms(network):
-            norm.track_running_stats = True
+        for buffer, value in before.items():
+            buffer.copy_(value)
 
 
 def norms(network):
