@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -612,10 +613,9 @@ MEAN, STD = 0.45, 0.225  # of every channel (released defaults.py, lines 687 and
 
 
 def train_transform(cfg):
-    """(crop, color): transforms of a clip (T, 3, H, W); each draws once for all its frames. The
-    order is fixed, whatever it is in cfg.augment (released transform.py, lines 1073 and 1102)."""
+    """(crop, color) of a clip (T, 3, H, W): one draw for all frames (transform.py:1073, 1102)."""
     strength = 0.8 * getattr(cfg, "color_strength", 0.75)
-    table = {
+    table = {  # applied in this order, whatever the order in cfg.augment
         "flip": v2.RandomHorizontalFlip(0.5),
         "jitter": v2.RandomApply([v2.ColorJitter(strength, strength, strength, strength / 4)], 0.8),
         "gray": v2.RandomGrayscale(0.2),
@@ -626,17 +626,14 @@ def train_transform(cfg):
         "noise": noise,
         "sobel": sobel,
     }
-    names = cfg.augment.split(",")
-    if unknown := set(names) - {"crop", "none", *table}:
+    names = set(cfg.augment.split(","))
+    if unknown := names - {"crop", "none", *table}:
         fail(f"--augment: no {min(unknown)} among crop, {', '.join(table)}, none")
-    area = getattr(cfg, "crop_area", (0, 0))
+    area = getattr(cfg, "crop_area", ())
+    crop = v2.RandomResizedCrop(cfg.size, area) if any(area) else v2.RandomCrop(cfg.size)
     if "crop" not in names:
         crop = v2.Compose([v2.Resize(cfg.size), v2.CenterCrop(cfg.size)])
-    elif any(area):
-        crop = v2.RandomResizedCrop(cfg.size, scale=area, ratio=(3 / 4, 4 / 3))
-    else:
-        crop = v2.RandomCrop(cfg.size)
-    color = [transform for name, transform in table.items() if name in names]
+    color = [table[name] for name in table if name in names]
     return crop, v2.Compose(color or [v2.Identity()])
 
 
@@ -649,10 +646,9 @@ def noise(clip):
 def sobel(clip):
     """(T, 3, H, W) -> the length of the gray picture's gradient, in all three channels."""
     x = torch.outer(torch.tensor([0.25, 0.5, 0.25]), torch.tensor([1.0, 0.0, -1.0]))
-    kernels = torch.stack([x, x.T])[:, None].to(clip.device, non_blocking=True)
-    gray = F.pad(v2.functional.rgb_to_grayscale(clip), (1, 1, 1, 1), mode="replicate")
-    gradient = F.conv2d(gray, kernels)  # (T, 2, H, W)
-    return gradient.norm(dim=1, keepdim=True).clamp(max=1).expand_as(clip)
+    kernels = torch.stack([x, x.T]).unsqueeze(1).to(clip.device, non_blocking=True)  # (2, 1, 3, 3)
+    gray = v2.functional.pad(v2.functional.rgb_to_grayscale(clip), 1, padding_mode="edge")
+    return F.conv2d(gray, kernels).norm(dim=1, keepdim=True).clamp(max=1).expand_as(clip)
 
 
 def draw(transform, clip, seed):
@@ -662,7 +658,7 @@ def draw(transform, clip, seed):
 
 def augment(clips, seeds, color):
     """(..., T, 3, H, W) uint8 and seeds (...) -> (..., 3, T, H, W) float32, normalised."""
-    clips = v2.functional.to_dtype(clips, torch.float32, scale=True)
+    clips = v2.functional.to_dtype(clips, scale=True)
     for place in np.ndindex(*seeds.shape):
         clips[place] = draw(color, clips[place], seeds[place])
     return normalize(clips).transpose(-3, -4)
@@ -677,8 +673,7 @@ def normalize(pictures):
 
 
 class Backbone(nn.Sequential):
-    """Named stages in a row: (B, 3, T, H, W) of any size -> (B, feature_dim) float32, the average
-    over time and space of the last map, which features(x) returns."""
+    """Named stages; (B, 3, T, H, W) -> (B, feature_dim) float32, the average of features(x)."""
 
     def __init__(self, feature_dim, stages):
         super().__init__(OrderedDict(stages))
@@ -691,31 +686,28 @@ class Backbone(nn.Sequential):
         return self.features(x).mean(dim=(2, 3, 4), dtype=torch.float32)
 
 
-def conv3d(inputs, outputs, kernel, stride=(1, 1, 1)):
+def conv3d(inputs, outputs, kernel, stride=1):
     """A convolution that keeps the size but for its stride (weight_init_helper.py, lines 21-33)."""
-    padding = [k // 2 for k in kernel]
-    conv = nn.Conv3d(inputs, outputs, kernel, stride, padding, bias=False)
+    conv = nn.Conv3d(inputs, outputs, kernel, stride, [k // 2 for k in kernel], bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
 
 
 class Bottleneck(nn.Module):
-    """Convolutions 1x1x1 or 3x1x1, then 1x3x3, then 1x1x1, and a shortcut; the released names
-    (resnet_helper.py, line 259)."""
+    """A residual block: branch1 the shortcut, branch2 the convolutions (resnet_helper.py:259)."""
 
     def __init__(self, inputs, width, time_kernel, stride):
         super().__init__()
         outputs = 4 * width
-        self.branch1 = nn.Identity()
-        self.branch1_bn = nn.Identity()
+        self.branch1 = self.branch1_bn = nn.Identity()
         if inputs != outputs:
-            self.branch1 = conv3d(inputs, outputs, (1, 1, 1), (1, stride, stride))
+            self.branch1 = conv3d(inputs, outputs, (1, 1, 1), stride)
             self.branch1_bn = nn.BatchNorm3d(outputs)
         layers = OrderedDict(
             a=conv3d(inputs, width, (time_kernel, 1, 1)),
             a_bn=nn.BatchNorm3d(width),
             a_relu=nn.ReLU(inplace=True),
-            b=conv3d(width, width, (1, 3, 3), (1, stride, stride)),
+            b=conv3d(width, width, (1, 3, 3), stride),
             b_bn=nn.BatchNorm3d(width),
             b_relu=nn.ReLU(inplace=True),
             c=conv3d(width, outputs, (1, 1, 1)),
@@ -724,13 +716,11 @@ class Bottleneck(nn.Module):
         self.branch2 = nn.Sequential(layers)
 
     def forward(self, x):
-        shortcut = self.branch1_bn(self.branch1(x))
-        return F.relu(shortcut + self.branch2(x), inplace=True)
+        return F.relu(self.branch1_bn(self.branch1(x)) + self.branch2(x), inplace=True)
 
 
 def slow(blocks):
-    """SlowFast's Slow pathway: no stride in time, kernels 3x1x1 in the last two stages. blocks:
-    how many residual blocks each stage has."""
+    """SlowFast's Slow pathway; blocks (4,): the residual blocks of each stage."""
     stem = OrderedDict(
         conv=conv3d(3, 64, (1, 7, 7), (1, 2, 2)),
         bn=nn.BatchNorm3d(64),
@@ -743,7 +733,7 @@ def slow(blocks):
         stage = OrderedDict()
         for i in range(blocks[s - 2]):
             time_kernel = 3 if s >= 4 else 1
-            stride = 2 if i == 0 and s > 2 else 1
+            stride = (1, 2, 2) if i == 0 and s > 2 else 1
             stage[f"pathway0_res{i}"] = Bottleneck(inputs, width, time_kernel, stride)
             inputs = 4 * width
         stages[f"s{s}"] = nn.Sequential(stage)
@@ -766,8 +756,7 @@ def tiny():
 def r2plus1d_18():
     """torchvision's R(2+1)D-18, 31.3 M parameters (the study's table says 15.4 M)."""
     network = torchvision.models.video.r2plus1d_18()
-    stages = list(network.named_children())
-    return Backbone(network.fc.in_features, stages[:-2])  # without avgpool and fc
+    return Backbone(512, list(network.named_children())[:-2])  # without avgpool and fc
 
 
 class Gate(nn.Conv3d):
@@ -780,16 +769,14 @@ class Gate(nn.Conv3d):
 def s3d_g():
     """S3D-G: torchvision's S3D with a gate on each branch of its inception blocks."""
     network = torchvision.models.video.s3d()
-    for block in network.features:
+    for block in network.features[5:]:  # inception blocks, and pools, which have no children
         for name, branch in list(block.named_children()):
-            if name.startswith("branch"):
-                width = norms(branch)[-1].num_features
-                setattr(block, name, nn.Sequential(branch, Gate(width, width, 1)))
-    return Backbone(network.classifier[1].in_channels, network.features.named_children())
+            width = len(list(branch.parameters())[-1])  # of the last BN's bias
+            setattr(block, name, nn.Sequential(branch, Gate(width, width, 1)))
+    return Backbone(1024, network.features.named_children())
 
 
-# a line more, and every --backbone knows it
-BACKBONES = {
+BACKBONES = {  # a line more, and every --backbone knows it
     "slow_r50": functools.partial(slow, (3, 4, 6, 3)),
     "slow_r101": functools.partial(slow, (3, 4, 23, 3)),
     "r2plus1d_18": r2plus1d_18,
@@ -804,35 +791,32 @@ def backbone(name):
 
 
 def mlp(widths, bn):
-    """Linear layers with ReLU, and BN if asked for, between them: (N, widths[0]) ->
-    (N, widths[-1]) (released head_helper.py, line 147)."""
-    layers = []
-    for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
-        if i > 0 and bn:
+    """(N, widths[0]) -> (N, widths[-1]): linear, (BN,) ReLU, ..., linear (head_helper.py:147)."""
+    layers = nn.Sequential()
+    for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+        if layers and bn:
             layers.append(nn.BatchNorm1d(inputs))
-        if i > 0:
+        if layers:
             layers.append(nn.ReLU(inplace=True))
-        last = i == len(widths) - 2
-        linear = nn.Linear(inputs, outputs, bias=last or not bn)  # BN has a bias
+        linear = nn.Linear(inputs, outputs, bias=not bn or i == len(widths) - 2)
         nn.init.kaiming_uniform_(linear.weight, a=1)
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)
         layers.append(linear)
-    return nn.Sequential(*layers)
+    return layers
 
 
 def encode_views(network, clips, low_memory=False):
-    """Run a network on one view after the other, so that BN sees the B clips of one view:
-    (B, V, 3, T, H, W) -> (B, V, ...) float32. low_memory: keep only the inputs for backward."""
+    """(B, V, 3, T, H, W) -> (B, V, ...) float32; BN sees the B clips of one view at a time."""
 
-    def contexts():  # of the first forward pass, of the second
-        return contextlib.nullcontext(), frozen_statistics(network)
+    def contexts():  # of the forward pass, of its repetition in the backward pass
+        return contextlib.nullcontext(), restored_buffers(network)
 
     outputs = []
     for view in clips.unbind(1):
         if view.ndim == 5:  # clips (B, 3, T, H, W), and not features for a head
             view = view.contiguous(memory_format=torch.channels_last_3d)
-        if low_memory and torch.is_grad_enabled():
+        if low_memory:  # keep the input alone for the backward pass
             output = checkpoint(network, view, use_reentrant=False, context_fn=contexts)
         else:
             output = network(view)
@@ -841,21 +825,14 @@ def encode_views(network, clips, low_memory=False):
 
 
 @contextlib.contextmanager
-def frozen_statistics(network):
-    """While activations are recomputed: BN must not count the same batch twice."""
-    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms(network)]
-    for norm, _, _ in before:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
+def restored_buffers(network):
+    """While activations are recomputed: BN statistics must not count the same batch twice."""
+    before = {buffer: buffer.clone() for buffer in network.buffers()}
     try:
         yield
     finally:  # torch leaves by an exception when it has what it needs
-        for norm, momentum, count in before:
-            norm.momentum, norm.num_batches_tracked = momentum, count
-
-
-def norms(network):
-    """Its BN modules of all kinds."""
-    return [module for module in network.modules() if hasattr(module, "running_mean")]
+        for buffer, value in before.items():
+            buffer.copy_(value)
 
 
 def read_file(path):
@@ -875,18 +852,16 @@ def write_file(path, save):
     try:
         with open(temporary, "wb") as file:
             save(file)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's writer
         temporary.unlink(missing_ok=True)
         fail(f"cannot write {path}: {error}; the previous file is unchanged", code=1)
 
 
 def load_backbone(path):
-    """The backbone of a run's folder or backbone.pth, in eval, on the CPU, and its settings:
-    backbone, cfg with cfg.frames, cfg.stride, cfg.size and the rest. ValueError if unreadable."""
-    if os.path.isdir(path):
-        path = os.path.join(path, "backbone.pth")
-    content = read_file(path)
+    """A run's folder or backbone.pth -> the network, in eval, on the CPU, and its settings cfg."""
+    path = Path(path)
+    content = read_file(path / "backbone.pth" if path.is_dir() else path)
     cfg = argparse.Namespace(**content["config"])
     network = backbone(cfg.backbone)
     network.load_state_dict(content["state_dict"])
@@ -894,38 +869,33 @@ def load_backbone(path):
 
 
 def load_clip(path, cfg, start=0.0):
-    """A clip of a video from `start` seconds on, its middle square: (1, 3, T, S, S), normalised,
-    S = size * 256 / 224, the side at which such a backbone is tested."""
+    """A clip's middle square -> (1, 3, T, S, S), normalised, S = 256/224 size, as in testing."""
     side = round(cfg.size * 256 / 224)
     frames = read_clips(path, [start], cfg.frames, cfg.stride, side)  # (1, T, H, W, 3)
     return normalize(cut_squares(torch.from_numpy(frames), side, 1) / 255)
 
 
 class LARS(torch.optim.SGD):
-    """SGD with Nesterov momentum (released optimizer.py, line 262). A tensor of two or more
-    dimensions: g <- (g + wd w) trust |w| / (|g| + wd |w| + 1e-8), if both norms are above 0. Biases
-    and BN: the plain gradient, no weight decay."""
+    """Nesterov SGD, where g <- (g + wd w) 0.001 |w| / (|g| + wd |w| + 1e-8) if both norms are above
+    0 (released optimizer.py, line 262). Biases and BN: the plain gradient, no weight decay."""
 
-    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=0.001):
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0):
         super().__init__(params, lr, momentum, nesterov=True)
         self.decay = weight_decay  # SGD's own weight_decay stays 0: it would add to biases
-        self.trust_coefficient = trust_coefficient
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             for w in group["params"]:
-                if w.grad is None or w.ndim == 1:
-                    continue
-                w_norm, g_norm = w.norm(), w.grad.norm()
-                scale = self.trust_coefficient * w_norm / (g_norm + self.decay * w_norm + 1e-8)
-                both = (w_norm > 0) & (g_norm > 0)  # on the device: an `if` would be a wait
-                w.grad = torch.where(both, scale * (w.grad + self.decay * w), w.grad)
+                if w.grad is not None and w.ndim != 1:
+                    w_norm, g_norm = w.norm(), w.grad.norm()
+                    scale = 0.001 * w_norm / (g_norm + self.decay * w_norm + 1e-8)
+                    both = (w_norm > 0) & (g_norm > 0)  # on the device: an `if` would be a wait
+                    w.grad = torch.where(both, scale * (w.grad + self.decay * w), w.grad)
         super().step()
 
 
-# a line more, and every --optimizer knows it
-OPTIMIZERS = {
+OPTIMIZERS = {  # a line more, and every --optimizer knows it
     "lars": LARS,
     "sgd": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True),
     "adamw": torch.optim.AdamW,
@@ -933,26 +903,24 @@ OPTIMIZERS = {
 
 
 def make_optimizer(model, cfg):
-    """An optimizer of what is trained; no weight decay on BN (released optimizer.py, line 41). The
-    learning rate is 0 until Run sets it before each step."""
-    bn = {p for norm in norms(model) for p in norm.parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p not in bn]},
-        {"params": [p for p in trained if p in bn], "weight_decay": 0.0},
-    ]
+    """For trained parameters, no weight decay on BN (released optimizer.py:41); Run sets the lr."""
+    bn, others = [], []
+    for module in model.modules():
+        group = bn if hasattr(module, "running_mean") else others
+        group += [p for p in module.parameters(recurse=False) if p.requires_grad]
+    groups = [{"params": others}, {"params": bn, "weight_decay": 0.0}]
     return OPTIMIZERS[cfg.optimizer](groups, lr=0.0, weight_decay=cfg.weight_decay)
 
 
 def learning_rate(cfg, progress):
-    """Learning rate at a share of the run, 0 to 1: half a cosine, or a tenth after each of
-    cfg.lr_steps (shares of the run), under a linear warm-up from 0.001 of what it leads to
-    (released lr_policy.py, line 9). cfg.lr is for 64 videos of 2 views (in an evaluation of 1)."""
-    peak = cfg.lr * cfg.batch_size / 64 * max(1, cfg.num_views / 2)
+    """Half a cosine, or a tenth after each of cfg.lr_steps, under a linear warm-up; progress and
+    steps are shares of the run (released lr_policy.py, line 9). cfg.lr: of 64 videos, 2 views."""
+    lr = cfg.lr * cfg.batch_size / 64 * max(1, cfg.num_views / 2)
     after = max(progress, cfg.warmup)
-    lr = peak * 0.5 * (1 + math.cos(math.pi * after))
     if steps := getattr(cfg, "lr_steps", ()):
-        lr = peak * 0.1 ** sum(after >= step for step in steps)
+        lr *= 0.1 ** sum(after >= step for step in steps)
+    else:
+        lr *= 0.5 * (1 + math.cos(math.pi * after))
     if progress < cfg.warmup:
         lr *= 0.001 + 0.999 * progress / cfg.warmup
     return lr
@@ -962,9 +930,8 @@ def learning_rate(cfg, progress):
 
 
 def cut_squares(frames, side, crops):
-    """(N, T, H, W, 3) -> (N * crops, 3, T, side, side): squares evenly along the long side, the
-    middle one if it is one."""
-    frames = frames.permute(0, 4, 1, 2, 3)  # (N, 3, T, H, W)
+    """(N, T, H, W, 3) -> (crops * N, 3, T, side, side), evenly along the long side; 1: centre."""
+    frames = frames.movedim(4, 1)  # (N, 3, T, H, W)
     long = 3 if frames.shape[3] > frames.shape[4] else 4
     room = frames.shape[long] - side
     places = np.linspace(0, room, crops) if crops > 1 else [room / 2]
@@ -972,10 +939,9 @@ def cut_squares(frames, side, crops):
 
 
 class TestClips(Dataset):
-    """The test views of each video of a VideoClips: an item is a dict of clips
-    (clips * crops, 3, T, S, S) uint8, index, and bad (why the video cannot be read, else "").
-    clips: how many, at 0, 1/clips, 2/clips, ... of the last possible start (released kinetics.py,
-    line 217), or a function of the duration that gives the starts. crops: squares of a clip."""
+    """Test views: a dict of clips (clips * crops, 3, T, S, S) uint8, index, bad (why, or "").
+    clips: how many, at 0, 1/clips, ... of the last start (released kinetics.py, line 217), or a
+    function from the duration to the starts. crops: squares of a clip."""
 
     def __init__(self, dataset, clips, crops=1, size=None, indices=None):
         self.dataset, self.clips, self.crops = dataset, clips, crops
@@ -1002,10 +968,8 @@ class TestClips(Dataset):
 
 
 def extract_features(network, test_clips, allow_missing=False):
-    """Run a network, in the mode that it is in, on the test views of each video: (views, 3, T, S, S)
-    float32 and the tensors item["more"] -> a tensor of one shape. Returns on every rank outputs
-    (n, ...) float32 on the CPU and indices (n,) of the videos that can be read, each read once.
-    Another one ends the process, unless allow_missing leaves it out."""
+    """Run a network on each video's (views, 3, T, S, S) float32 and item["more"] -> on every rank
+    outputs (n, ...) float32 on the CPU, indices (n,) of the videos. allow_missing: the readable."""
     mine = range(rank(), len(test_clips), world_size())
     how = {"num_workers": test_clips.dataset.cfg.workers, "worker_init_fn": worker_init}
     loader = DataLoader(test_clips, batch_size=None, sampler=mine, **how)
@@ -1030,11 +994,10 @@ def extract_features(network, test_clips, allow_missing=False):
 
 
 def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
-    """Percent of queries (m, D) whose label wins a vote of the k nearest of a bank (n, D): cosine
-    similarity s, weight exp(s / temperature). Labels (n,), (m,) are integers from 0."""
-    bank = F.normalize(bank, dim=-1)
+    """Percent of queries (m, D) whose label (m,) wins among the k nearest in a bank (n, D)."""
+    bank = F.normalize(bank)
     hits = 0
-    for query, label in zip(F.normalize(queries, dim=-1), labels, strict=True):
+    for query, label in zip(F.normalize(queries), labels, strict=True):
         similarity, nearest = (bank @ query).topk(min(k, len(bank)))  # (k,)
         votes = torch.bincount(bank_labels[nearest], (similarity / temperature).exp())  # (classes,)
         hits += int(votes.argmax() == label)
