@@ -536,8 +536,9 @@ class VideoClips(Dataset):
         frames = torch.from_numpy(frames).permute(0, 1, 4, 2, 3)  # (rho, T, 3, H, W)
         crop_seeds, seeds = torch.from_numpy(rng.integers(2**62, size=(2, self.cfg.num_views)))
         crops = []
-        for i, seed in enumerate(crop_seeds):
-            crops.append(draw(self.crop, frames[i % len(frames)], seed))  # rho = 1: one clip twice
+        for i, seed in enumerate(crop_seeds.tolist()):
+            torch.default_generator.manual_seed(seed)  # the one that transforms.v2 draws from
+            crops.append(self.crop(frames[i % len(frames)]))  # rho = 1: the one clip twice
         clips = torch.stack(crops)  # (V, T, 3, H, W)
         if self.color is None:
             return {"clips": clips.transpose(1, 2)}
@@ -651,16 +652,12 @@ def sobel(clip):
     return F.conv2d(gray, kernels).norm(dim=1, keepdim=True).clamp(max=1).expand_as(clip)
 
 
-def draw(transform, clip, seed):
-    torch.default_generator.manual_seed(int(seed))  # the one that transforms.v2 draws from
-    return transform(clip)
-
-
 def augment(clips, seeds, color):
     """(..., T, 3, H, W) uint8 and seeds (...) -> (..., 3, T, H, W) float32, normalised."""
     clips = v2.functional.to_dtype(clips, scale=True)
     for place in np.ndindex(*seeds.shape):
-        clips[place] = draw(color, clips[place], seeds[place])
+        torch.default_generator.manual_seed(int(seeds[place]))
+        clips[place] = color(clips[place])
     return normalize(clips).transpose(-3, -4)
 
 
@@ -943,16 +940,15 @@ class TestClips(Dataset):
     clips: how many, at 0, 1/clips, ... of the last start (released kinetics.py, line 217), or a
     function from the duration to the starts. crops: squares of a clip."""
 
-    def __init__(self, dataset, clips, crops=1, size=None, indices=None):
+    def __init__(self, dataset, clips, crops=1, size=None):
         self.dataset, self.clips, self.crops = dataset, clips, crops
         self.size = size or dataset.cfg.size
-        self.indices = range(len(dataset)) if indices is None else indices
 
     def __len__(self):
-        return len(self.indices)
+        return len(self.dataset)
 
-    def __getitem__(self, i):
-        index, cfg = int(self.indices[i]), self.dataset.cfg
+    def __getitem__(self, index):
+        cfg = self.dataset.cfg
         try:
             with contextlib.closing(self.dataset.open(index, self.size)) as reader:
                 if callable(self.clips):
@@ -967,10 +963,10 @@ class TestClips(Dataset):
         return {"clips": clips, "index": index, "bad": ""}
 
 
-def extract_features(network, test_clips, allow_missing=False):
+def extract_features(network, test_clips, allow_missing=False, indices=None):
     """Run a network on each video's (views, 3, T, S, S) float32 and item["more"] -> on every rank
     outputs (n, ...) float32 on the CPU, indices (n,) of the videos. allow_missing: the readable."""
-    mine = range(rank(), len(test_clips), world_size())
+    mine = (indices or range(len(test_clips)))[rank() :: world_size()]
     how = {"num_workers": test_clips.dataset.cfg.workers, "worker_init_fn": worker_init}
     loader = DataLoader(test_clips, batch_size=None, sampler=mine, **how)
     outputs = {}
@@ -988,7 +984,7 @@ def extract_features(network, test_clips, allow_missing=False):
     for part in gather_objects(outputs):
         outputs |= part
     if not outputs:
-        fail(f"none of {len(test_clips)} videos can be read")
+        fail("none of the videos can be read")
     indices = sorted(outputs)
     return torch.stack([outputs[index] for index in indices]), torch.tensor(indices)
 
@@ -1009,7 +1005,6 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
 # flags that may change when a run goes on, the last five in an evaluation
 FREE = "out max_steps log_every workers low_memory knn_every".split()
 FREE += "allow_missing test_clips test_crops test_size neighbours".split()
-RESUMED = ["step", "bad_videos", "log_bytes"]  # in a checkpoint, beside model and optimizer
 SAVE_EVERY = 200  # steps, where an epoch has more
 ROW = "{step:8d} {epoch:7.1f} {loss:10.4f} {feature_std:12.3f} {knn:>6} {videos_per_second:9.1f}"
 
@@ -1029,7 +1024,8 @@ class Run:
         self.log_bytes = 0
         self.in_a_row = Counter()  # lines of the log with the same warning
         self.stop_asked = False
-        self.labelled = np.flatnonzero(dataset.labels >= 0)[:5000]
+        self.labelled = np.flatnonzero(dataset.labels >= 0)[:5000].tolist()
+        self.knn_every = getattr(cfg, "knn_every", 0) if len(self.labelled) > 1 else 0
         self.out = Path(cfg.out)
         self.count(0)
         self.resume(self.out / "last.pth")
@@ -1080,7 +1076,7 @@ class Run:
                     break
                 asked = time.monotonic()
         except BadVideo as error:  # raised anew by the loader, behind a worker's traceback
-            fail(str(error).strip().split("\n")[-1])
+            fail(str(error).strip().split("\n")[-1].removeprefix("common.BadVideo: "))
         self.bar.close()
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -1116,10 +1112,10 @@ class Run:
         if rest == 0 and world_size() > 1:
             for buffer in self.model.buffers():  # BN statistics: of rank 0 from here on
                 dist.broadcast(buffer, 0)
-        stops = gather(torch.tensor([int(self.stop_asked)]))  # on the CPU: no wait for the GPU
-        stop = stops.sum().item() > 0 or self.step == self.last
-        every = getattr(self.cfg, "knn_every", 0) if len(self.labelled) > 1 else 0
-        knn = every > 0 and rest == 0 and (epochs % every == 0 or self.finished)
+        stop = gather(torch.tensor([self.stop_asked])).any().item()  # on the CPU: no wait
+        stop = stop or self.step == self.last
+        every = self.knn_every
+        knn = every and rest == 0 and (epochs % every == 0 or self.finished)
         if knn or stop or self.step % self.cfg.log_every == 0:
             self.log(knn)
         if rest == 0 or stop or self.step % SAVE_EVERY == 0:
@@ -1182,8 +1178,8 @@ class Run:
     def measure_knn(self):
         """kNN accuracy in percent: every fifth of up to 5000 training videos against the others."""
         network = self.model.encoder.backbone
-        clips = TestClips(self.dataset, 2, indices=self.labelled)
-        features, indices = extract_features(network.eval(), clips, allow_missing=True)
+        clips = TestClips(self.dataset, 2)
+        features, indices = extract_features(network.eval(), clips, True, self.labelled)
         network.train()
         features, labels = features.mean(1), torch.from_numpy(self.dataset.labels)[indices]
         query = torch.arange(len(indices)) % 5 == 0
@@ -1204,12 +1200,13 @@ class Run:
         for state in (model, *self.optimizer.state.values()):
             if not all(torch.as_tensor(value).isfinite().all() for value in state.values()):
                 self.diverge(f"weights are not finite after step {self.step}")
-        settings, now = self.settings(), {"step": self.step, "finished": self.finished}
-        last = {name: getattr(self, name) for name in RESUMED} | {"cfg": settings, "model": model}
+        settings = self.settings()
+        last = {"cfg": settings, "step": self.step, "model": model}
+        last |= {"bad_videos": self.bad_videos, "log_bytes": self.log_bytes}
         last["optimizer"] = self.optimizer.state_dict()
         state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
-        backbone = {"state_dict": state, "config": settings | now}
-        backbone["config"]["feature_dim"] = network.feature_dim
+        config = settings | {"step": self.step, "finished": self.finished}
+        backbone = {"state_dict": state, "config": config}
         write_file(self.out / "backbone.pth", functools.partial(torch.save, backbone))
         write_file(self.out / "last.pth", functools.partial(torch.save, last))
         (self.out / "diverged").unlink(missing_ok=True)
@@ -1222,11 +1219,10 @@ class Run:
                 self.compare(saved["cfg"], saved["step"] == self.total)
                 self.model.load_state_dict(saved["model"])
                 self.optimizer.load_state_dict(saved["optimizer"])
-                for name in RESUMED:
-                    setattr(self, name, saved[name])
+                self.bad_videos, self.log_bytes = saved["bad_videos"], saved["log_bytes"]
+                self.count(saved["step"])
             except Exception as error:
                 fail(f"{path} cannot go on in this run ({error}); choose another --out")
-            self.count(self.step)
             print_main(f"{path}: going on after step {self.step}")
         steps = gather_objects(self.step)
         if len(set(steps)) > 1:

@@ -278,7 +278,6 @@ DYING_WORKER = """
 
 def test_a_worker_that_dies_in_an_evaluation(folder, tmp_path):
     """A status that is not 0, in time, and no process left behind."""
-    small = [*small, "--log-every", "1"]
     script = tmp_path / "dying.py"
     script.write_text(textwrap.dedent(DYING_WORKER.format(root=str(ROOT))))
     argv = ["--weights", "random", "--small", "--data", str(folder), "--val", str(folder)]
