@@ -680,7 +680,7 @@ class Backbone(nn.Sequential):
         return super().forward(x)
 
     def forward(self, x):
-        return self.features(x).mean(dim=(2, 3, 4), dtype=torch.float32)
+        return self.features(x).mean((2, 3, 4), dtype=torch.float32)
 
 
 def conv3d(inputs, outputs, kernel, stride=1):
@@ -760,7 +760,7 @@ class Gate(nn.Conv3d):
     """Channels times a sigmoid of their averages over time and space (S3D-G)."""
 
     def forward(self, x):
-        return x * super().forward(x.mean(dim=(2, 3, 4), keepdim=True)).sigmoid()
+        return x * super().forward(x.mean((2, 3, 4), keepdim=True)).sigmoid()
 
 
 def s3d_g():
@@ -910,9 +910,8 @@ def make_optimizer(model, cfg):
 
 
 def learning_rate(cfg, progress):
-    """Half a cosine, or a tenth after each of cfg.lr_steps, under a linear warm-up; progress and
-    steps are shares of the run (released lr_policy.py, line 9). cfg.lr: of 64 videos, 2 views."""
-    lr = cfg.lr * cfg.batch_size / 64 * max(1, cfg.num_views / 2)
+    """Half a cosine, or tenths by cfg.lr_steps, under linear warm-up (released lr_policy.py:9)."""
+    lr = cfg.lr * cfg.batch_size / 64 * max(1, cfg.num_views / 2)  # per 64 videos of 1 or 2 views
     after = max(progress, cfg.warmup)
     if steps := getattr(cfg, "lr_steps", ()):
         lr *= 0.1 ** sum(after >= step for step in steps)
@@ -936,9 +935,8 @@ def cut_squares(frames, side, crops):
 
 
 class TestClips(Dataset):
-    """Test views: a dict of clips (clips * crops, 3, T, S, S) uint8, index, bad (why, or "").
-    clips: how many, at 0, 1/clips, ... of the last start (released kinetics.py, line 217), or a
-    function from the duration to the starts. crops: squares of a clip."""
+    """Items: clips (clips * crops, 3, T, S, S) uint8, index, bad (why, or ""). clips: how many, at
+    i / clips of the last start (kinetics.py:217), or a function from the duration to starts."""
 
     def __init__(self, dataset, clips, crops=1, size=None):
         self.dataset, self.clips, self.crops = dataset, clips, crops
@@ -965,7 +963,8 @@ class TestClips(Dataset):
 
 def extract_features(network, test_clips, allow_missing=False, indices=None):
     """Run a network on each video's (views, 3, T, S, S) float32 and item["more"] -> on every rank
-    outputs (n, ...) float32 on the CPU, indices (n,) of the videos. allow_missing: the readable."""
+    outputs (n, ...) float32 on the CPU and indices (n,). A bad video ends the process, or is left
+    out if allow_missing."""
     mine = (indices or range(len(test_clips)))[rank() :: world_size()]
     how = {"num_workers": test_clips.dataset.cfg.workers, "worker_init_fn": worker_init}
     loader = DataLoader(test_clips, batch_size=None, sampler=mine, **how)

@@ -118,9 +118,10 @@ def test_open_gates_make_s3d_g_s3d():
     gates = [m for m in gated.modules() if isinstance(m, common.Gate)]
     assert len(gates) == 36  # four branches of nine blocks
     for gate in gates:
-        torch.nn.init.zeros_(gate.conv.weight)
-        torch.nn.init.constant_(gate.conv.bias, 100.0)
-    rest = [(k, v) for k, v in gated.state_dict().items() if ".conv." not in k]
+        torch.nn.init.zeros_(gate.weight)
+        torch.nn.init.constant_(gate.bias, 100.0)
+    own_of_gates = re.compile(r"branch\d\.1\.(weight|bias)$")
+    rest = [(k, v) for k, v in gated.state_dict().items() if not own_of_gates.search(k)]
     for (_, tensor), (_, own) in zip(plain.state_dict().items(), rest, strict=True):
         own.copy_(tensor)
     x = torch.randn(1, 3, 16, 64, 64)
