@@ -259,7 +259,7 @@ class BadVideo(ValueError):
 
 @contextlib.contextmanager
 def _reasons(path):
-    """What goes wrong inside becomes a BadVideo of one line that begins with the path."""
+    """Raise any error inside as a BadVideo of one line that begins with the path."""
     try:
         yield
     except (av.FFmpegError, OSError, ValueError) as error:
@@ -267,48 +267,46 @@ def _reasons(path):
 
 
 class VideoReader(contextlib.AbstractContextManager):
-    """A video file, read in one thread; times are seconds from its first frame. short_side: pixels,
-    to which frames are scaled; the long side is at most 16 times as long. Raises BadVideo.
+    """A video file, decoded in one thread; times are seconds after its first frame. Frames are
+    resized to short_side pixels, with a long side of at most 16 times that. Raises BadVideo.
 
-    Inside, times are time stamps (pts, in units of time_base). A limit is a time stamp: the last
-    frame up to it is wanted. A frame that is neither wanted nor a reference for others (NONREF) is
-    not decoded, which leaves the others as they are, bit for bit. The time stamps of packets, read
-    ahead, tell which frames are not wanted; on any doubt about them all is decoded."""
+    H.264 and MPEG-2: frames that are neither wanted nor references are skipped. Time stamps of
+    packets, read ahead, tell which; on any doubt about them read() starts over and skips none."""
 
     def __init__(self, path, short_side=None):
         self.path = path
-        self._limits = []  # sorted; empty until the first read
+        self._limits = []  # sorted time stamps; the last frame up to each is wanted
         self._sure = True  # no doubt yet: each packet has the time stamp of its frame
         with _reasons(path):
             self._open()
-            self._first = self._shown
-            if self._first is None:
+            if self._coming is None:
                 raise ValueError("no frame with a time stamp can be decoded")
-        sides = [self._first.height, self._first.width]
+        self._first = self._coming
+        self._size = [self._first.height, self._first.width]
         if short_side:
-            scale = short_side / min(sides)
-            sides = [min(round(side * scale), 16 * short_side) for side in sides]
-        self._height, self._width = sides
+            scale = short_side / min(self._size)
+            self._size = [min(round(side * scale), 16 * short_side) for side in self._size]
 
-    def __exit__(self, *_):
-        self.close()
-
-    def close(self):
+    def close(self, *_):
         self._frames = None  # a generator, which refers to this object
         self._container.close()
+
+    __exit__ = close
 
     def _open(self):
         """Open the file and decode its first frame."""
         self._container = av.open(f"file:{self.path}", options=LOCAL)
         self._stream = self._container.streams.best("video")
-        if self._stream is None or self._stream.codec_context is None:  # or of an unknown codec
+        decoder = getattr(self._stream, "codec_context", None)  # None if the codec is unknown
+        if decoder is None:
             raise ValueError("no video stream")
-        self._decoder = self._stream.codec_context
-        self._decoder.thread_count = 1
-        self._second = float(1 / self._stream.time_base)
-        if self._decoder.name not in ("h264", "mpeg2video") or self._container.format.name == "avi":
+        decoder.thread_count = 1
+        self._second = float(1 / self._stream.time_base)  # in units of time stamps
+        container = self._container.format.name
+        if decoder.name not in ("h264", "mpeg2video") or container in ("avi", "mpeg"):
             self._sure = False
-        self._start_decoding()
+        self._frames = self._decode()
+        self._coming = next(self._frames, None)
 
     @functools.cached_property
     def duration(self):
@@ -318,94 +316,73 @@ class VideoReader(contextlib.AbstractContextManager):
         if self._container.duration:  # counted from 0, wherever the first frame is
             return self._container.duration / av.time_base - self._first.time
         with _reasons(self.path), av.open(f"file:{self.path}", options=LOCAL) as scan:
-            last = max(packet.pts or 0 for packet in scan.demux(scan.streams.best("video")))
+            last = max(packet.pts or 0 for packet in scan.demux(self._stream.index))
         return (last - self._first.pts) / self._second
 
     def read(self, times):
         """Frames at times (N,), in any order -> (N, H, W, 3) uint8 RGB, upright, of one size. At t
         it is the last frame whose time stamp is at most t + 1 ms; past the end the last of all."""
         seconds = np.clip(times, 0, 1e9) + 1e-3
-        limits = self._first.pts + (seconds * self._second).astype(int)
+        self._limits = (self._first.pts + (seconds * self._second).astype(int)).tolist()
+        was_sure = self._sure
+        pictures = np.empty((len(seconds), *self._size, 3), np.uint8)
+        scaler = av.video.reformatter.VideoReformatter()
         with _reasons(self.path):
-            was_sure = self._sure
-            pictures = self._read_once(limits)
-            if self._sure != was_sure:  # a wanted frame may have been skipped: decode all
-                pictures = self._read_once(limits)
+            if self._coming is not self._first:  # an earlier read has gone on from there
+                self.close()
+                self._open()
+            for i in np.argsort(seconds):
+                limit = self._limits[i]
+                self._seek(limit)
+                while self._coming and self._coming.pts <= limit:
+                    shown, self._coming = self._coming, next(self._frames, None)
+                if shown.pts != self._stamps[bisect.bisect_right(self._stamps, limit) - 1]:
+                    self._sure = False  # a packet's frame has not come
+                frame = scaler.reformat(shown, *self._size[::-1], "rgb24", threads=1)
+                pictures[i] = frame.to_ndarray()
+        if self._sure != was_sure:  # a wanted frame may have been skipped
+            return self.read(times)
         if abs(self._first.rotation) > 360:  # the matrix is damaged
             return pictures
         return np.rot90(pictures, round(self._first.rotation / 90), axes=(1, 2))
 
-    def _read_once(self, limits):
-        """The pictures of limits (N,), in one pass through the file, before rotation."""
-        earlier, self._limits = self._limits, sorted(limits.tolist())
-        if earlier:  # this is not the first pass
-            self.close()
-            self._open()
-        pictures = np.empty((len(limits), self._height, self._width, 3), np.uint8)
-        scaler = av.video.reformatter.VideoReformatter()
-        for i in np.argsort(limits):
-            self._seek(limits[i])
-            while self._until <= limits[i]:
-                self._shown, self._until = next(self._frames)
-            if self._shown.pts > limits[i]:  # a packet's frame has not come
-                self._sure = False
-            frame = scaler.reformat(self._shown, self._width, self._height, "rgb24", threads=1)
-            pictures[i] = frame.to_ndarray()
-        return pictures
-
     def _seek(self, limit):
         """Go on from a key frame at or before a limit, if one lies after the coming frame."""
-        if self._container.format.name == "mpeg":
+        if self._container.format.name == "mpeg" or self._coming is None:
             return  # an mpg file has too few time stamps to know where a seek has led
         index = self._stream.index_entries
         i = index.search_timestamp(int(limit - self._second / 10))
-        key_frame = limit - 2 * self._second  # a guess where the index, if any, ends before
-        if 0 <= i < len(index) - 1:
-            key_frame = index[i].timestamp
-        if key_frame <= self._until:
+        # a guess where the index, if any, ends before
+        key_frame = index[i].timestamp if 0 <= i < len(index) - 1 else limit - 2 * self._second
+        if key_frame <= self._coming.pts:
             return
         for seconds in (0, 2, 20):  # it may lead too far
             with contextlib.suppress(av.FFmpegError):
                 self._container.seek(int(limit - seconds * self._second), stream=self._stream)
-                self._start_decoding()
-                if self._shown and self._shown.pts <= limit:
+                self._frames = self._decode()
+                self._coming = next(self._frames, None)
+                if self._coming and self._coming.pts <= limit:
                     return
         self.close()
         self._open()
 
-    def _start_decoding(self):
-        self._frames = self._decode()
-        self._shown, self._until = next(self._frames, (None, math.inf))
-
     def _decode(self):
-        """Yield (frame, time stamp of the next frame) in the order of display. A packet gives the
-        next time stamp or, where packets are in doubt, the next frame that is decoded."""
-        frame = None
+        """Yield frames in the order of display: all that are wanted, and some or all others."""
         for packet in self._packets():
             wanted = True
             if self._sure and self._limits and packet.pts is not None:
-                i = bisect.bisect_left(self._limits, packet.pts)
-                wanted = i < bisect.bisect_left(self._limits, self._stamp_after(packet.pts))
-            self._decoder.skip_frame = "DEFAULT" if wanted else "NONREF"
+                after = self._stamps[bisect.bisect_right(self._stamps, packet.pts)]
+                wanted = any(packet.pts <= limit < after for limit in self._limits)
+            self._stream.codec_context.skip_frame = "DEFAULT" if wanted else "NONREF"
             try:
-                decoded = packet.decode()
+                for frame in packet.decode():
+                    # a packet of an interlaced file may hold half a frame
+                    if frame.pts not in self._stamps or frame.interlaced_frame:
+                        self._sure = False
+                    if frame.pts is not None:
+                        yield frame
             except av.error.InvalidDataError:
                 self._sure = False
-                continue
-            for coming in decoded:
-                if coming.pts is None:
-                    continue
-                # a packet of an interlaced file may hold half a frame
-                if self._stamps.count(coming.pts) != 1 or coming.interlaced_frame:
-                    self._sure = False
-                if self._sure:
-                    yield coming, self._stamp_after(coming.pts)
-                elif frame:
-                    yield frame, coming.pts
-                frame = coming
-        self._sure = False  # if it was still True, the frame of a packet has not come
-        if frame:
-            yield frame, math.inf
 
     def _packets(self):
         """Yield packets in the order of decoding. Unless they are in doubt, 20 are read ahead:
@@ -417,16 +394,10 @@ class VideoReader(contextlib.AbstractContextManager):
             for packet in self._container.demux(self._stream):
                 ahead.append(packet)
                 if packet.pts is not None:
-                    bisect.insort(self._stamps, packet.pts)
-                    del self._stamps[:-64]
-                elif packet.size:
-                    self._sure = False
+                    self._stamps = sorted([*self._stamps, packet.pts])[-64:]
                 while len(ahead) > 20 * self._sure:
                     yield ahead.popleft()
         yield from ahead
-
-    def _stamp_after(self, pts):
-        return self._stamps[bisect.bisect_right(self._stamps, pts)]
 
 
 def read_clips(path, starts, frames, stride, size=None):
