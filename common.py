@@ -50,8 +50,8 @@ def arg(default, help, choices=None):
         options = {"action": argparse.BooleanOptionalAction}
     if isinstance(default, tuple):
         options = {"type": type(default[0]), "nargs": "+"}
-    help = f"{help} [{default}]".removesuffix(" []")
-    return dataclasses.field(default=default, metadata={**options, "help": help})
+    options["help"] = f"{help} [{default}]".removesuffix(" []")
+    return dataclasses.field(default=default, metadata=options)
 
 
 @dataclasses.dataclass
@@ -183,7 +183,6 @@ def leave():
 
 
 def rank():
-    """This process's number among all; 0 without torchrun."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -554,8 +553,8 @@ def fit_to_videos(cfg, n):
             cfg.epochs = math.ceil(400 / max(1, n // cfg.batch_size))
         print_main(f"for {n} videos: --batch-size {cfg.batch_size} --epochs {cfg.epochs}")
     if cfg.batch_size % ranks or not 2 * ranks <= cfg.batch_size <= n:
-        words = f"must be a multiple of {ranks} processes, with 2 videos for each"
-        fail(f"--batch-size {cfg.batch_size}: {words}, and at most all {n}")
+        bounds = f"a multiple of {ranks} processes, from {2 * ranks} to all {n} videos"
+        fail(f"--batch-size {cfg.batch_size} must be {bounds}")
 
 
 class TrainSampler:
@@ -574,14 +573,17 @@ class TrainSampler:
             yield [(epoch, index) for index in batch.tolist()]
 
 
-def worker_init(_=None):
+def worker_init(_):
     """Ignore signals, which torchrun sends to workers first: without them a rank cannot save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     av.logging.set_level(None)
 
 
-MEAN, STD = 0.45, 0.225  # of every channel (released defaults.py, lines 687 and 693)
+MEAN, STD = (
+    0.45,
+    0.225,
+)  # of pixels in [0, 1], every channel (released defaults.py, lines 687 and 693)
 
 
 def train_transform(cfg):
@@ -629,12 +631,7 @@ def augment(clips, seeds, color):
     for place in np.ndindex(*seeds.shape):
         torch.default_generator.manual_seed(int(seeds[place]))
         clips[place] = color(clips[place])
-    return normalize(clips).transpose(-3, -4)
-
-
-def normalize(pictures):
-    """Pictures in [0, 1] -> what a network takes."""
-    return (pictures - MEAN) / STD
+    return ((clips - MEAN) / STD).transpose(-3, -4)
 
 
 # --- backbones and optimizers
@@ -657,7 +654,7 @@ class Backbone(nn.Sequential):
 def conv3d(inputs, outputs, kernel, stride=1):
     """A convolution that keeps the size but for its stride (weight_init_helper.py, lines 21-33)."""
     conv = nn.Conv3d(inputs, outputs, kernel, stride, [k // 2 for k in kernel], bias=False)
-    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out")
     return conv
 
 
@@ -840,7 +837,7 @@ def load_clip(path, cfg, start=0.0):
     """A clip's middle square -> (1, 3, T, S, S), normalised, S = 256/224 size, as in testing."""
     side = round(cfg.size * 256 / 224)
     frames = read_clips(path, [start], cfg.frames, cfg.stride, side)  # (1, T, H, W, 3)
-    return normalize(cut_squares(torch.from_numpy(frames), side, 1) / 255)
+    return (cut_squares(torch.from_numpy(frames), side, 1) / 255 - MEAN) / STD
 
 
 class LARS(torch.optim.SGD):
@@ -946,7 +943,7 @@ def extract_features(network, test_clips, allow_missing=False, indices=None):
                 fail(f"{reason}; --allow-missing leaves such videos out")
             print(f"WARN left out: {reason}", flush=True)
             continue
-        clips = normalize(item["clips"].to(device()) / 255)
+        clips = (item["clips"].to(device()) / 255 - MEAN) / STD
         more = [tensor.to(device()) for tensor in item.get("more", ())]
         with torch.no_grad(), autocast():
             output = network(clips.contiguous(memory_format=torch.channels_last_3d), *more)
@@ -972,7 +969,7 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
 
 # --- the run
 
-# flags that may change when a run goes on, the last five in an evaluation
+# flags that may change when a run goes on, the last five of an evaluation
 FREE = "out max_steps log_every workers low_memory knn_every".split()
 FREE += "allow_missing test_clips test_crops test_size neighbours".split()
 SAVE_EVERY = 200  # steps, where an epoch has more
@@ -990,8 +987,7 @@ class Run:
         self.total = cfg.epochs * self.steps_per_epoch
         self.last = min(self.total, cfg.max_steps or self.total)
         self.losses = []  # of each step since the last line of the log
-        self.bad_videos = []  # why each cannot be read
-        self.log_bytes = 0
+        self.bad_videos, self.log_bytes = [], 0  # why each cannot be read; of log.jsonl
         self.in_a_row = Counter()  # lines of the log with the same warning
         self.stop_asked = False
         self.labelled = np.flatnonzero(dataset.labels >= 0)[:5000].tolist()
@@ -1028,9 +1024,8 @@ class Run:
         how = dict(batch_sampler=sampler, collate_fn=self.dataset.collate, num_workers=cfg.workers)
         how |= dict(worker_init_fn=worker_init, pin_memory=device().type == "cuda")
         loader = DataLoader(self.dataset, **how)
-        self.bar = tqdm(
-            loader, cfg.script, self.last, initial=self.step, disable=rank() > 0 or None
-        )
+        quiet = rank() > 0 or None  # None: unless it writes to a terminal
+        self.bar = tqdm(loader, cfg.script, self.last, initial=self.step, disable=quiet)
         print_main(f"chance level of the loss: {self.chance:.4f}")
         print_main("    step   epoch       loss  feature std    kNN  videos/s")
         self.since, self.waited = time.monotonic(), 0.0  # the last line of the log; for data
@@ -1153,8 +1148,8 @@ class Run:
         network.train()
         features, labels = features.mean(1), torch.from_numpy(self.dataset.labels)[indices]
         query = torch.arange(len(indices)) % 5 == 0
-        bank, bank_labels = features[~query], labels[~query]
-        return round(knn_accuracy(bank, bank_labels, features[query], labels[query]), 2)
+        bank = features[~query], labels[~query]
+        return round(knn_accuracy(*bank, features[query], labels[query]), 2)
 
     def settings(self):
         """What must be the same when a run goes on: {name: value}."""
@@ -1171,12 +1166,11 @@ class Run:
             if not all(torch.as_tensor(value).isfinite().all() for value in state.values()):
                 self.diverge(f"weights are not finite after step {self.step}")
         settings = self.settings()
-        last = {"cfg": settings, "step": self.step, "model": model}
-        last |= {"bad_videos": self.bad_videos, "log_bytes": self.log_bytes}
-        last["optimizer"] = self.optimizer.state_dict()
+        last = {"model": model, "optimizer": self.optimizer.state_dict(), "cfg": settings}
+        last |= {name: getattr(self, name) for name in ("step", "bad_videos", "log_bytes")}
         state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
-        config = settings | {"step": self.step, "finished": self.finished}
-        backbone = {"state_dict": state, "config": config}
+        now = {"step": self.step, "finished": self.finished}
+        backbone = {"state_dict": state, "config": settings | now}
         write_file(self.out / "backbone.pth", functools.partial(torch.save, backbone))
         write_file(self.out / "last.pth", functools.partial(torch.save, last))
         (self.out / "diverged").unlink(missing_ok=True)

@@ -308,7 +308,7 @@ class AVA(Annotated):
         clip, boxes = self.crop(*self.whole(index, short_side))
         clip, boxes = self.color(clip * (1 / 255), boxes)
         return {
-            "clips": common.normalize(clip).transpose(0, 1)[None],  # (1, 3, T, S, S)
+            "clips": ((clip - common.MEAN) / common.STD).transpose(0, 1)[None],  # (1, 3, T, S, S)
             "boxes": boxes,
             "target": self.target(index),
             "index": index,

@@ -307,7 +307,7 @@ def test_one_video_file(folder, argv, capfd):
     assert common.list_videos(path) == ([path], [""])
     assert common.list_videos(path, "train") == ([path], [""])
     assert common.list_videos(path, "val") == ([], [])
-    assert "at most all 1" in refused(byol, [*argv(byol), "--data", path], capfd)
+    assert "all 1 videos" in refused(byol, [*argv(byol), "--data", path], capfd)
 
 
 class Frames:
