@@ -32,29 +32,29 @@ from common import arg
 
 @dataclass
 class Config(common.Config):
-    rho: int = arg(2, "clips per video, sampled at different times")
-    timespan: float = arg(math.inf, "seconds between a video's first and last clip start, at most")
+    rho: int = arg(2, "clips per video, at different times (1: one clip, augmented twice)")
+    timespan: float = arg(math.inf, "most seconds from a video's first clip start to its last")
     backbone: str = arg("slow_r50", "the network", choices=common.BACKBONES)
     frames: int = arg(8, "frames per clip")
     stride: int = arg(8, "temporal stride, in frames at 30 fps")
     short_side: tuple[int, int] = arg((256, 256), "range of the resized short side, in pixels")
     size: int = arg(224, "crop size in pixels")
-    augment: str = arg("crop,flip,jitter,gray,blur", "or with rotate,cutout,noise,sobel; none")
-    crop_area: tuple[float, float] = arg((0.2, 0.766), "min and max crop area, as a fraction")
+    augment: str = arg("crop,flip,jitter,gray,blur", "also rotate,cutout,noise,sobel; or none")
+    crop_area: tuple[float, float] = arg((0.2, 0.766), "min and max crop area / frame area")
     color_strength: float = arg(0.75, "strength of the color jitter")
     epochs: int = arg(200, "passes over the videos")
     batch_size: int = arg(64, "global batch size, in videos")
     optimizer: str = arg("lars", "the optimizer", choices=common.OPTIMIZERS)
-    lr: float = arg(0.6, "learning rate at the half cosine's start, per 128 views of a step")
-    warmup: float = arg(0.175, "share of the run: linear warm-up, which ends on the half cosine")
-    weight_decay: float = arg(1e-6, "weight decay, on all weights but BN's")
+    lr: float = arg(0.6, "base learning rate per 128 views of a step; half a cosine to 0")
+    warmup: float = arg(0.175, "share of the run: linear warm-up to the half cosine's value there")
+    weight_decay: float = arg(1e-6, "weight decay, of all parameters but BN's")
     knn_every: int = arg(0, "run the kNN evaluation every N epochs (0: never)")
-    sync_bn: bool = arg(True, "on GPUs: BN over all ranks")
+    sync_bn: bool = arg(True, "on GPUs: BN statistics over all ranks")
     projector: tuple[int, ...] = arg((4096, 256), "layer widths of the projector")
     projector_bn: bool = arg(True, "BN after the projector's hidden layers")
     predictor: tuple[int, ...] = arg((4096, 256), "layer widths of the predictor, with BN")
     target_momentum: float = arg(0.996, "initial EMA momentum of the target network")
-    target_momentum_end: float = arg(1.0, "final EMA momentum; the initial one: constant")
+    target_momentum_end: float = arg(1.0, "final EMA momentum (as the initial one: constant)")
 
 
 # defaults if --data is missing or --small is given: they learn in minutes on a CPU
@@ -127,12 +127,12 @@ def main(argv=None):
     optimizer = common.make_optimizer(model, cfg)
     chance = 2.0  # orthogonal features: cos = 0
     run = common.Run(cfg, dataset, model, optimizer, chance)
-    for batch in run.batches():  # sets the lr, logs, saves, resumes; a NaN loss ends the run
+    for batch in run.batches():  # sets the lr, logs, saves, resumes; ends at a NaN in the log
         with common.autocast():
             q, k = network(batch["clips"])  # (B, V, D) each, float32
         loss = regression_loss(q, k)
         optimizer.zero_grad()
-        (cfg.num_views * loss).backward()  # sum over a video's queries, as released
+        (cfg.num_views * loss).backward()  # sum over a video's V queries, as in the released code
         optimizer.step()
         m = target_momentum(cfg.target_momentum, cfg.target_momentum_end, run.progress)
         update_target(model.target, model.encoder, m)

@@ -216,8 +216,8 @@ class Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """(B, ...) of each rank -> (W * B, ...) on every rank. If each rank computes the same loss from
-    it, the mean of gradients over ranks, which DDP takes, is the gradient of the joint batch."""
+    """(B, ...) of each rank -> (W * B, ...) on every rank. With a gradient: if all compute the same
+    loss from it, the mean over ranks, which DDP takes, is the gradient of the joint batch."""
     return Gather.apply(x.contiguous()) if world_size() > 1 else x
 
 
@@ -235,8 +235,8 @@ def local_part(x):
 
 
 def wrap_ddp(model, cfg):
-    """What to call for the forward pass: the model, in DDP if there are several ranks. Ranks keep
-    their own BN statistics, or share them (SyncBN, on GPUs) if cfg.sync_bn."""
+    """What to call in the training step: the model, in DDP if there are several ranks. Each has the
+    BN statistics of its own clips, or all have those of all (SyncBN, on GPUs) with cfg.sync_bn."""
     if world_size() == 1:
         return model
     if cfg.sync_bn and device().type == "cuda":
@@ -529,10 +529,10 @@ class VideoClips(Dataset):
         return item | self.views(frames, rng)
 
     def __getitem__(self, key):
-        epoch, index = key
-        bad = ""
+        epoch, wanted = key
+        index, bad = wanted, ""
         for attempt in range(10):
-            rng = np.random.default_rng((self.cfg.seed, epoch, key[1], attempt))
+            rng = np.random.default_rng((self.cfg.seed, epoch, wanted, attempt))
             if attempt > 0:
                 index = int(rng.integers(len(self)))
             try:
@@ -558,8 +558,8 @@ def fit_to_videos(cfg, n):
 
 
 class TrainSampler:
-    """Batches of (epoch, index) for this rank, from step `first` to `last`. Each epoch has its own
-    order of the n videos; rank r takes the contiguous slice r of a batch."""
+    """Batches of (epoch, index) for this rank: steps `first` to `last` - 1. Each epoch has its own
+    order of the n videos and drops the rest; rank r takes the contiguous slice r of a batch."""
 
     def __init__(self, cfg, n, first, last):
         self.cfg, self.n, self.steps = cfg, n, range(first, last)
@@ -879,7 +879,7 @@ def make_optimizer(model, cfg):
 
 def learning_rate(cfg, progress):
     """Half a cosine, or tenths by cfg.lr_steps, under linear warm-up (released lr_policy.py:9)."""
-    lr = cfg.lr * cfg.batch_size / 64 * max(1, cfg.num_views / 2)  # per 64 videos of 1 or 2 views
+    lr = cfg.lr * cfg.batch_size / 64 * max(1, cfg.num_views / 2)  # 64 videos of 2 views (eval: 1)
     after = max(progress, cfg.warmup)
     if steps := getattr(cfg, "lr_steps", ()):
         lr *= 0.1 ** sum(after >= step for step in steps)
@@ -972,7 +972,7 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
 # flags that may change when a run goes on, the last five of an evaluation
 FREE = "out max_steps log_every workers low_memory knn_every".split()
 FREE += "allow_missing test_clips test_crops test_size neighbours".split()
-SAVE_EVERY = 200  # steps, where an epoch has more
+SAVE_EVERY = 200  # steps, beside the ends of epochs
 ROW = "{step:8d} {epoch:7.1f} {loss:10.4f} {feature_std:12.3f} {knn:>6} {videos_per_second:9.1f}"
 
 
@@ -1028,19 +1028,21 @@ class Run:
         self.bar = tqdm(loader, cfg.script, self.last, initial=self.step, disable=quiet)
         print_main(f"chance level of the loss: {self.chance:.4f}")
         print_main("    step   epoch       loss  feature std    kNN  videos/s")
-        self.since, self.waited = time.monotonic(), 0.0  # the last line of the log; for data
+        self.since, self.waited = time.monotonic(), 0.0  # of the last line of the log; for data
         asked = self.since
         try:
             for batch in self.bar:
                 self.waited += time.monotonic() - asked
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate(cfg, self.step / self.total)
-                torch.manual_seed(hash((cfg.seed, self.step, rank())))  # of dropout
+                torch.manual_seed(
+                    hash((cfg.seed, self.step, rank()))
+                )  # for dropout, after a resume
                 yield self.receive(batch)
                 if self.after_step():
                     break
                 asked = time.monotonic()
-        except BadVideo as error:  # raised anew by the loader, behind a worker's traceback
+        except BadVideo as error:  # the loader raises it again, behind a worker's traceback
             fail(str(error).strip().split("\n")[-1].removeprefix("common.BadVideo: "))
         self.bar.close()
         for number, handler in before.items():
@@ -1075,9 +1077,9 @@ class Run:
         self.count(self.step + 1)
         epochs, rest = divmod(self.step, self.steps_per_epoch)
         if rest == 0 and world_size() > 1:
-            for buffer in self.model.buffers():  # BN statistics: of rank 0 from here on
+            for buffer in self.model.buffers():  # BN's running statistics: those of rank 0
                 dist.broadcast(buffer, 0)
-        stop = gather(torch.tensor([self.stop_asked])).any().item()  # on the CPU: no wait
+        stop = gather(torch.tensor([self.stop_asked])).any().item()  # on the CPU: no GPU wait
         stop = stop or self.step == self.last
         every = self.knn_every
         knn = every and rest == 0 and (epochs % every == 0 or self.finished)
@@ -1138,7 +1140,7 @@ class Run:
 
     def diverge(self, what):
         (self.out / "diverged").touch()
-        fail(f"{what}; the last checkpoint goes on with a --lr below {self.cfg.lr:g}", code=1)
+        fail(f"{what}; to go on from the last checkpoint, give a --lr below {self.cfg.lr:g}", 1)
 
     def measure_knn(self):
         """kNN accuracy in percent: every fifth of up to 5000 training videos against the others."""

@@ -173,8 +173,7 @@ def test_set(cfg, dataset):
         common.fail("no test videos: give --val, or --data with train/ and val/")
     if unknown := set(labels) - set(dataset.classes) - {""}:
         common.fail(f"--val has a class that the training videos lack: {min(unknown)}")
-    videos = paths, labels
-    test = common.VideoClips(cfg, sample_clips, videos=videos, classes=dataset.classes)
+    test = common.VideoClips(cfg, None, videos=(paths, labels), classes=dataset.classes)
     for flag, part in (("--data", dataset), ("--val", test)):
         for index in np.flatnonzero(part.labels < 0):
             common.fail(f"{flag} has videos without a label, such as {part.path(index)}")

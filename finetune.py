@@ -89,7 +89,7 @@ def use_settings(cfg, weights):
         common.fail(f"--dataset {cfg.dataset} needs --data, has no demo and takes no --val")
     settings = dict(SETTINGS[cfg.dataset])
     if cfg.recipe == "released":
-        settings.update(RELEASED.get(cfg.dataset, {}))
+        settings |= RELEASED.get(cfg.dataset, {})
     if cfg.dataset == "ava" and weights.get("script") == "finetune":
         settings["lr"] = 0.05  # paper: from supervised weights
     if cfg.small or not cfg.data:
@@ -202,9 +202,8 @@ def ava(cfg, part):
 
 
 def read_people(text, least=0.0):
-    """Lines `film,second,x1,y1,x2,y2,action,person`, one for each action of a person, as
-    {(film, second): (boxes (m, 4) in shares of width and height, labels (m, 80) bool)}. Of a
-    detector the last column is a score, at least so much (released ava_helper.py, line 63)."""
+    """`film,second,x1,y1,x2,y2,action,person (or score)`, a line an action, as {(film, second):
+    (boxes (m, 4) in shares of width, height, labels (m, 80))} (released ava_helper.py, line 63)."""
     frames = {}
     for film, second, *rest in csv.reader(text.splitlines()):
         if not rest:  # nobody is there
@@ -307,8 +306,9 @@ class AVA(Annotated):
         torch.default_generator.manual_seed(int(rng.integers(2**62)))  # the transforms draw from it
         clip, boxes = self.crop(*self.whole(index, short_side))
         clip, boxes = self.color(clip * (1 / 255), boxes)
+        clip = (clip - common.MEAN) / common.STD  # (T, 3, S, S)
         return {
-            "clips": ((clip - common.MEAN) / common.STD).transpose(0, 1)[None],  # (1, 3, T, S, S)
+            "clips": clip.transpose(0, 1)[None],  # (1, 3, T, S, S)
             "boxes": boxes,
             "target": self.target(index),
             "index": index,

@@ -6,7 +6,7 @@ Idea     Match a query clip to another clip of the same video among many negativ
          are keys from earlier steps, kept in a queue. A slow copy of the encoder (the target)
          computes the keys, so that old and new keys stay comparable. The batch can be small.
 Loss     -log(e^s_ij / (e^s_ij + sum of e^s_in over the queue's keys n)), the mean over videos and
-         ordered pairs of views i != j; s_ij = cos(q_i, k_j) / temperature; k by the target.
+         ordered pairs of views i != j; s_ij = cos(q_i, k_j) / temperature; k from the target.
 rho      V = max(2, rho) views of a video: rho clips or, at rho 1, one clip augmented twice. Each of
          the V (V - 1) ordered pairs has its own softmax; eq. (1) of the paper has one for all
          positives of a query (the same at V = 2). V keys per video enter the queue.
@@ -31,29 +31,29 @@ from common import arg
 
 @dataclass
 class Config(common.Config):
-    rho: int = arg(2, "clips per video, sampled at different times")
-    timespan: float = arg(math.inf, "seconds between a video's first and last clip start, at most")
+    rho: int = arg(2, "clips per video, at different times (1: one clip, augmented twice)")
+    timespan: float = arg(math.inf, "most seconds from a video's first clip start to its last")
     backbone: str = arg("slow_r50", "the network", choices=common.BACKBONES)
     frames: int = arg(8, "frames per clip")
     stride: int = arg(8, "temporal stride, in frames at 30 fps")
     short_side: tuple[int, int] = arg((256, 256), "range of the resized short side, in pixels")
     size: int = arg(224, "crop size in pixels")
-    augment: str = arg("crop,flip,jitter,gray,blur", "or with rotate,cutout,noise,sobel; none")
-    crop_area: tuple[float, float] = arg((0.2, 0.766), "min and max crop area, as a fraction")
+    augment: str = arg("crop,flip,jitter,gray,blur", "also rotate,cutout,noise,sobel; or none")
+    crop_area: tuple[float, float] = arg((0.2, 0.766), "min and max crop area / frame area")
     color_strength: float = arg(0.75, "strength of the color jitter")
     epochs: int = arg(200, "passes over the videos")
     batch_size: int = arg(64, "global batch size, in videos")
     optimizer: str = arg("sgd", "the optimizer", choices=common.OPTIMIZERS)
-    lr: float = arg(0.05, "learning rate at the half cosine's start, per 128 views of a step")
-    warmup: float = arg(0.175, "share of the run: linear warm-up, which ends on the half cosine")
-    weight_decay: float = arg(1e-4, "weight decay, on all weights but BN's")
+    lr: float = arg(0.05, "base learning rate per 128 views of a step; half a cosine to 0")
+    warmup: float = arg(0.175, "share of the run: linear warm-up to the half cosine's value there")
+    weight_decay: float = arg(1e-4, "weight decay, of all parameters but BN's")
     knn_every: int = arg(0, "run the kNN evaluation every N epochs (0: never)")
-    sync_bn: bool = arg(False, "on GPUs: BN over all ranks")
+    sync_bn: bool = arg(False, "on GPUs: BN statistics over all ranks")
     projector: tuple[int, ...] = arg((2048, 2048, 128), "layer widths of the projector")
     projector_bn: bool = arg(False, "BN after the projector's hidden layers")
     temperature: float = arg(0.1, "softmax temperature")
     target_momentum: float = arg(0.994, "initial EMA momentum of the target network")
-    target_momentum_end: float = arg(1.0, "final EMA momentum; the initial one: constant")
+    target_momentum_end: float = arg(1.0, "final EMA momentum (as the initial one: constant)")
     queue: int = arg(65536, "queue length, in keys")
 
 
@@ -101,7 +101,7 @@ class MoCo(nn.Module):
         """(B, V, 3, T, H, W) -> queries, keys, each (B, V, D), float32."""
         q = common.encode_views(self.encoder, clips, self.low_memory)
         with torch.no_grad():
-            k = encode_shuffled(self.target, clips, seed=self.enqueued)  # the same on all ranks
+            k = encode_shuffled(self.target, clips, seed=self.enqueued)  # which all ranks share
         return q, k
 
     def get_extra_state(self):  # for the checkpoint
@@ -114,14 +114,14 @@ class MoCo(nn.Module):
 def encode_shuffled(network, clips, seed):
     """Shuffling BN (MoCo, section 3.3): (B, V, ...) -> (B, V, D). Each rank encodes a random share
     of all ranks' videos: in one batch, BN statistics could tell a query which key is its own."""
-    if common.world_size() == 1:  # query and key share their batch
+    if common.world_size() == 1:  # one batch: nothing to shuffle
         return common.encode_views(network, clips)
-    bf16 = torch.is_autocast_enabled("cuda")  # the network would convert them: send less
+    bf16 = torch.is_autocast_enabled("cuda")  # the network would convert them: send half the bytes
     clips = common.gather(clips.bfloat16() if bf16 else clips)  # (W * B, V, ...)
     order = torch.randperm(len(clips), generator=torch.Generator().manual_seed(seed))  # (W * B,)
     order = order.to(clips.device, non_blocking=True)  # else each use would wait for the GPU
     keys = common.encode_views(network, clips[common.local_part(order)])  # (B, V, D), shuffled
-    return common.local_part(common.gather(keys)[order.argsort()])  # in the old order
+    return common.local_part(common.gather(keys)[order.argsort()])  # unshuffled
 
 
 def target_momentum(start, end, progress):
@@ -142,7 +142,7 @@ def enqueue(model, keys):
     keys = keys.flatten(0, 1)
     K = len(model.queue)
     places = (model.enqueued + torch.arange(len(keys), device=keys.device)) % K
-    model.queue[places[-K:]] = keys[-K:]
+    model.queue[places[-K:]] = keys[-K:]  # not more than fit
     model.enqueued += len(keys)
 
 
@@ -162,13 +162,13 @@ def main(argv=None):
     run = common.Run(cfg, dataset, model, optimizer, chance)
     if cfg.queue > cfg.num_views * len(dataset):
         common.print_main("WARN the queue will hold a video's own old keys; use a smaller --queue")
-    for batch in run.batches():  # sets the lr, logs, saves, resumes; a NaN loss ends the run
+    for batch in run.batches():  # sets the lr, logs, saves, resumes; ends at a NaN in the log
         with common.autocast():
             q, k = network(batch["clips"])  # (B, V, D) each, float32
         filled = min(model.enqueued, cfg.queue)
         loss = info_nce(q, k, model.queue[:filled], cfg.temperature)
         optimizer.zero_grad()
-        (cfg.num_views * loss).backward()  # sum over a video's queries, as released
+        (cfg.num_views * loss).backward()  # sum over a video's V queries, as in the released code
         optimizer.step()
         m = target_momentum(cfg.target_momentum, cfg.target_momentum_end, run.progress)
         update_target(model.target, model.encoder, m)

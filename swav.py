@@ -30,24 +30,24 @@ from common import arg
 
 @dataclass
 class Config(common.Config):
-    rho: int = arg(2, "clips per video, sampled at different times")
-    timespan: float = arg(math.inf, "seconds between a video's first and last clip start, at most")
+    rho: int = arg(2, "clips per video, at different times (1: one clip, augmented twice)")
+    timespan: float = arg(math.inf, "most seconds from a video's first clip start to its last")
     backbone: str = arg("slow_r50", "the network", choices=common.BACKBONES)
     frames: int = arg(8, "frames per clip")
     stride: int = arg(8, "temporal stride, in frames at 30 fps")
     short_side: tuple[int, int] = arg((224, 224), "range of the resized short side, in pixels")
     size: int = arg(224, "crop size in pixels")
-    augment: str = arg("crop,flip,jitter,gray,blur", "or with rotate,cutout,noise,sobel; none")
-    crop_area: tuple[float, float] = arg((0.2, 0.766), "min and max crop area, as a fraction")
+    augment: str = arg("crop,flip,jitter,gray,blur", "also rotate,cutout,noise,sobel; or none")
+    crop_area: tuple[float, float] = arg((0.2, 0.766), "min and max crop area / frame area")
     color_strength: float = arg(0.75, "strength of the color jitter")
     epochs: int = arg(200, "passes over the videos")
     batch_size: int = arg(64, "global batch size, in videos")
     optimizer: str = arg("lars", "the optimizer", choices=common.OPTIMIZERS)
-    lr: float = arg(0.6, "learning rate at the half cosine's start, per 128 views of a step")
-    warmup: float = arg(0.175, "share of the run: linear warm-up, which ends on the half cosine")
-    weight_decay: float = arg(1e-6, "weight decay, on all weights but BN's")
+    lr: float = arg(0.6, "base learning rate per 128 views of a step; half a cosine to 0")
+    warmup: float = arg(0.175, "share of the run: linear warm-up to the half cosine's value there")
+    weight_decay: float = arg(1e-6, "weight decay, of all parameters but BN's")
     knn_every: int = arg(0, "run the kNN evaluation every N epochs (0: never)")
-    sync_bn: bool = arg(True, "on GPUs: BN over all ranks")
+    sync_bn: bool = arg(True, "on GPUs: BN statistics over all ranks")
     projector: tuple[int, ...] = arg((2048, 2048, 128), "layer widths of the projector")
     projector_bn: bool = arg(True, "BN after the projector's hidden layers")
     temperature: float = arg(0.1, "softmax temperature of the prediction")
@@ -173,7 +173,7 @@ def main(argv=None):
     if cfg.prototypes > cfg.batch_size and cfg.freeze_prototypes < cfg.epochs:
         words = f"{cfg.prototypes} prototypes learn from {cfg.batch_size} videos a step"
         common.print_main(f"WARN {words}: fewer --prototypes or a larger --batch-size may help")
-    for batch in run.batches():  # sets the lr, logs, saves, resumes; a NaN loss ends the run
+    for batch in run.batches():  # sets the lr, logs, saves, resumes; ends at a NaN in the log
         with common.autocast():
             z, scores = network(batch["clips"])  # (B, V, D), (B, V, K), float32
         queue_scores = None
