@@ -183,7 +183,7 @@ def leave():
 
 
 def rank():
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if world_size() > 1 else 0
 
 
 def world_size():
@@ -1079,13 +1079,14 @@ class Run:
         if rest == 0 and world_size() > 1:
             for buffer in self.model.buffers():  # BN's running statistics: those of rank 0
                 dist.broadcast(buffer, 0)
-        stop = gather(torch.tensor([self.stop_asked])).any().item()  # on the CPU: no GPU wait
-        stop = stop or self.step == self.last
+        stops = gather(torch.tensor([int(self.stop_asked)]))  # on the CPU: no wait for the GPU
+        stop = stops.sum().item() > 0
+        last = stop or self.step == self.last
         every = self.knn_every
         knn = every and rest == 0 and (epochs % every == 0 or self.finished)
-        if knn or stop or self.step % self.cfg.log_every == 0:
+        if knn or last or self.step % self.cfg.log_every == 0:
             self.log(knn)
-        if rest == 0 or stop or self.step % SAVE_EVERY == 0:
+        if rest == 0 or last or self.step % SAVE_EVERY == 0:
             self.save()
         return stop
 
