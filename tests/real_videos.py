@@ -28,7 +28,6 @@ import shlex
 import statistics
 import subprocess
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -45,6 +44,7 @@ RESULTS = ROOT / "tests" / "results" / "real-videos.jsonl"
 THREE = "crop,flip,gray"  # the demo's
 FIVE = "crop,flip,jitter,gray,blur"  # the paper's
 KEY = ["set", "method", "rho", "seed", "augment"]  # what makes a run
+LAST = ["step", "loss", "chance", "feature_std", "clip_distance"]  # of the last line of its log
 
 
 # --- videos
@@ -193,7 +193,6 @@ def measure(job):
     run, work, paths, labels, folds = job
     os.chdir(work)
     torch.set_num_threads(1)
-    began = time.monotonic()
     if run["method"] == "trivial":
         write(run, videos=len(paths), **trivial_accuracies(paths, labels, folds))
         return
@@ -210,11 +209,11 @@ def measure(job):
             command = [sys.executable, ROOT / words[0], *words[1:]]
             subprocess.run(command, check=True, stdout=screen, stderr=screen)
         last = json.loads(Path(weights, "log.jsonl").read_text().splitlines()[-1])
-        more = {key: last[key] for key in ("step", "loss", "chance", "feature_std")}
+        more = {key: last[key] for key in LAST}
         more["command"] = shlex.join(["python", *words])
     argv = ["--weights", weights, *flags, "--out", f"out/eval-{name}"]
     found = network_accuracies(argv, labels, folds)
-    write(run, stride=stride, **found, **more, seconds=round(time.monotonic() - began))
+    write(run, stride=stride, **found, **more)
 
 
 def main(argv=None):
