@@ -1,6 +1,6 @@
 """The finding on real videos: linear and kNN accuracy over rho, by cross-validation over groups.
 
-    nice -n 19 python tests/real_videos.py DATA WORK --sets games6 --rhos 1 2 4 --seeds 0 1 2
+    nice -n 19 python tests/real_videos.py DATA WORK --sets games6 --methods simclr --rhos 1 2
 
 DATA/<set> holds videos and labels.csv (path, label, group, fold). Once, the videos are scaled down
 into WORK/<set>, and WORK/<set>.csv lists them without labels. A run pre-trains on all of them with
@@ -15,8 +15,8 @@ mean colour   the class of the video whose average over all frames and pixels is
 mean frame    ... whose average over all frames is nearest (16 x 16 pixels)
 motion map    ... whose average change from a frame to the next is nearest (16 x 16 pixels)
 
-Each run appends a line of JSON to the results; runs that have one are left out. Without --methods
-only the baselines are measured.
+Each run appends a line of JSON to tests/results/real-videos.jsonl; a run that has one is left out.
+--methods without a name measures only the baselines.
 """
 
 import argparse

@@ -332,6 +332,7 @@ def test_flags_of_the_readme():
         "--nproc_per_node --nnodes --rdzv-backend --rdzv-endpoint --signal --requeue".split()
     )
     known |= set("--scenes --quick --only --videos --rdzv-id --max-restarts --help --check".split())
+    known |= set("--sets --methods --rhos --seeds --augments".split())
     for script in (*METHODS, "eval_linear", "finetune"):
         for name, field in importlib.import_module(script).Config.__dataclass_fields__.items():
             known.add("--" + name.replace("_", "-"))
