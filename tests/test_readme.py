@@ -21,7 +21,7 @@ import common
 import moco
 from conftest import ROOT
 from demo_videos import demo_videos
-from table import BOOKS, METHODS, RESULTS, STUDY, cells, filled, seeds, tables
+from table import BOOKS, METHODS, RESULTS, STUDY, cells, filled, log, seeds, tables
 from videos import make_video
 
 README = (ROOT / "README.md").read_text()
@@ -229,6 +229,23 @@ def test_what_the_readme_says_of_rho(method):
     assert min(gains) > 0
     longer = seeds(f"{method}-rho2-80epochs-seed0", "linear_top1")[0]
     assert (longer > linear[method, 4][0]) == (method != "simclr")
+
+
+@pytest.mark.parametrize("kind, low, high", [("linear", 0.5, 0.8), ("knn", -1.5, -0.7)])
+def test_what_is_said_of_games6(kind, low, high):
+    """On real videos rho 2 is above rho 1 by less than the standard error, and both are above
+    random weights; what five augmentations add to three has another sign by kNN."""
+    means = {}
+    for line in log("real-videos"):
+        if line["set"] == "games6" and line["method"] != "trivial":
+            means.setdefault((line["augment"], line["rho"]), []).append(line[kind][0])
+    assert {len(percents) for percents in means.values()} == {3}
+    means = {key: sum(percents) / 3 for key, percents in means.items()}
+    three, five = "crop,flip,gray", "crop,flip,jitter,gray,blur"
+    for augment in (three, five):
+        assert means["", 0] < means[augment, 1] < means[augment, 2] < means[augment, 1] + 2
+    for rho in (1, 2):
+        assert low < means[five, rho] - means[three, rho] < high
 
 
 def test_the_shown_run():
