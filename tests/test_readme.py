@@ -248,6 +248,16 @@ def test_what_is_said_of_games6(kind, low, high):
         assert low < means[five, rho] - means[three, rho] < high
 
 
+def test_what_is_said_of_tennis7():
+    """SimCLR's linear accuracies at rho 1 and 2 are equal over all folds, and apart on the first;
+    the text has those of every fold."""
+    runs = {line["rho"]: line for line in log("real-videos") if line["set"] == "tennis7"}
+    text = (RESULTS / "README.md").read_text()
+    assert runs[1]["linear"][0] == runs[2]["linear"][0]
+    for rho in (1, 2):
+        assert ", ".join(f"{percent:.1f}" for percent in runs[rho]["linear"][1]) in text
+
+
 def test_the_shown_run():
     """The last lines of the demo that the README shows are those of a committed run."""
     lines = [json.loads(line) for line in (RESULTS / "today-byol-rho2-seed0.jsonl").open()]
