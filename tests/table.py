@@ -84,6 +84,9 @@ MoCo, rho 2 | finetune-moco-rho2 | - | tennis7-moco-rho2
 BYOL, rho 2 | finetune-byol-rho2 | tennis7-finetune-byol | tennis7-byol-rho2
 SwAV, rho 2 | finetune-swav-rho2 | - | tennis7-swav-rho2"""
 
+SETS = ["games6", "tennis7", "yoga6"]  # of real videos
+AUGMENTS = {"crop,flip,gray": "three", "crop,flip,jitter,gray,blur": "five"}
+
 
 def read(stem):
     return json.loads((RESULTS / f"{stem}.json").read_text())
@@ -231,6 +234,38 @@ def finetuned():
     return markdown(heads.split(" | "), rows)
 
 
+def real():
+    """Real videos: methods by rho, linear and kNN accuracy, by cross-validation."""
+    found, kinds = {}, ("linear", "knn")
+    for line in log("real-videos"):
+        if line["method"] != "trivial":
+            row = line["set"], line["method"], line["augment"]
+            for kind in kinds:
+                found.setdefault((row, line["rho"], kind), []).append(line[kind][0])
+    rows = []
+    for row in dict.fromkeys(row for row, _, _ in found):
+        name, method, augment = row
+        rhos = [0] * len(RHOS) if method == "random" else RHOS
+        numbers = [mean(found.get((row, rho, kind), [])) for rho in rhos for kind in kinds]
+        what = METHODS.get(method, "random weights")
+        rows.append([name, what, AUGMENTS.get(augment, ""), *numbers])
+    order = [*METHODS.values(), "random weights"]
+    rows.sort(key=lambda row: (SETS.index(row[0]), order.index(row[1]), row[2]))
+    heads = [f"rho {rho}, {kind}" for rho in RHOS for kind in ("linear", "kNN")]
+    return markdown(["set", "", "augmentation", *heads], rows)
+
+
+def trivial():
+    """Real videos: answers that need no network."""
+    answers, rows = ("majority", "mean colour", "mean frame", "motion map"), []
+    for line in log("real-videos"):
+        if line["method"] == "trivial":
+            percents = [f"{line[answer][0]:.1f}" for answer in answers]
+            rows.append([line["set"], line["videos"], *percents])
+    rows.sort(key=lambda row: SETS.index(row[0]))
+    return markdown(["set", "videos", *answers], rows)
+
+
 def decoding():
     """CPU milliseconds per clip by each reader, from bench-decode.jsonl."""
     rows = []
@@ -303,7 +338,7 @@ def study_epochs():
 def tables():
     """{name: table} of all tables."""
     functions = first, demo_short, losses_short, demo, halves, losses, classroom, finetuned
-    functions += decoding, loading, compute, rebuild, study_rho, study_epochs
+    functions += real, trivial, decoding, loading, compute, rebuild, study_rho, study_epochs
     return {function.__name__: function() for function in functions}
 
 

@@ -21,7 +21,7 @@ import common
 import moco
 from conftest import ROOT
 from demo_videos import demo_videos
-from table import BOOKS, METHODS, RESULTS, STUDY, cells, filled, seeds, tables
+from table import BOOKS, METHODS, RESULTS, STUDY, cells, filled, log, seeds, tables
 from videos import make_video
 
 README = (ROOT / "README.md").read_text()
@@ -231,6 +231,33 @@ def test_what_the_readme_says_of_rho(method):
     assert (longer > linear[method, 4][0]) == (method != "simclr")
 
 
+@pytest.mark.parametrize("kind, low, high", [("linear", 0.5, 0.8), ("knn", -1.5, -0.7)])
+def test_what_is_said_of_games6(kind, low, high):
+    """On real videos rho 2 is above rho 1 by less than the standard error, and both are above
+    random weights; what five augmentations add to three has another sign by kNN."""
+    means = {}
+    for line in log("real-videos"):
+        if line["set"] == "games6" and line["method"] != "trivial":
+            means.setdefault((line["augment"], line["rho"]), []).append(line[kind][0])
+    assert {len(percents) for percents in means.values()} == {3}
+    means = {key: sum(percents) / 3 for key, percents in means.items()}
+    three, five = "crop,flip,gray", "crop,flip,jitter,gray,blur"
+    for augment in (three, five):
+        assert means["", 0] < means[augment, 1] < means[augment, 2] < means[augment, 1] + 2
+    for rho in (1, 2):
+        assert low < means[five, rho] - means[three, rho] < high
+
+
+def test_what_is_said_of_tennis7():
+    """SimCLR's linear accuracies at rho 1 and 2 are equal over all folds, and apart on the first;
+    the text has those of every fold."""
+    runs = {line["rho"]: line for line in log("real-videos") if line["set"] == "tennis7"}
+    text = (RESULTS / "README.md").read_text()
+    assert runs[1]["linear"][0] == runs[2]["linear"][0]
+    for rho in (1, 2):
+        assert ", ".join(f"{percent:.1f}" for percent in runs[rho]["linear"][1]) in text
+
+
 def test_the_shown_run():
     """The last lines of the demo that the README shows are those of a committed run."""
     lines = [json.loads(line) for line in (RESULTS / "today-byol-rho2-seed0.jsonl").open()]
@@ -332,6 +359,7 @@ def test_flags_of_the_readme():
         "--nproc_per_node --nnodes --rdzv-backend --rdzv-endpoint --signal --requeue".split()
     )
     known |= set("--scenes --quick --only --videos --rdzv-id --max-restarts --help --check".split())
+    known |= set("--sets --methods --rhos --seeds --augments".split())
     for script in (*METHODS, "eval_linear", "finetune"):
         for name, field in importlib.import_module(script).Config.__dataclass_fields__.items():
             known.add("--" + name.replace("_", "-"))
