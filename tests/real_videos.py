@@ -183,7 +183,7 @@ def write(run, **numbers):
     """Append a line of JSON."""
     with open("/proc/cpuinfo") as file:
         cpu = next(line.partition(": ")[2].strip() for line in file if "model name" in line)
-    line = run | numbers | {"versions": common.versions(), "cpu": cpu}
+    line = run | numbers | {"versions": common.VERSIONS, "cpu": cpu}
     with open(RESULTS, "a") as file:
         file.write(json.dumps(line) + "\n")
 
