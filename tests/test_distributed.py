@@ -263,3 +263,28 @@ def test_two_machines_are_one_job(small, tmp_path):
             agent.kill()
     losses = [[line["loss"] for line in read_log(tmp_path / name)] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 2
+
+
+def _opened(data):
+    """The indices of the videos that this rank opens for their features, and of the features."""
+    cfg = arguments(byol, data=data, out="out", batch_size=4, workers=0)
+    common.init_distributed(cfg)
+    opened = []
+
+    class Noted(common.VideoClips):
+        def open(self, index, short_side):
+            opened.append(index)
+            return super().open(index, short_side)
+
+    views = common.TestClips(Noted(cfg, byol.sample_clips), 1)
+    features, indices = common.extract_features(lambda clips: clips.mean((0, 2, 3, 4)), views)
+    assert features.shape == (13, 3)
+    return opened, indices.tolist()
+
+
+def test_ranks_share_the_videos_of_an_evaluation(folder, tmp_path, monkeypatch):
+    """Every rank reads all videos: the same numbers, in the time of one process."""
+    monkeypatch.chdir(tmp_path)
+    (one, both), (other, same) = run_ranks(2, _opened, str(folder))
+    assert sorted(one + other) == both == same == list(range(13))
+    assert abs(len(one) - len(other)) == 1
