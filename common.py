@@ -62,7 +62,7 @@ class Config:
     out: str = arg("", "output folder; else out/<script>-<data>-...")
     small: bool = arg(False, "the demo's small network and settings on your own --data")
     seed: int = arg(0, "seed of weights, video order, clips and augmentation")
-    max_steps: int = arg(0, "stop early after this step; the schedule stays that of the full run")
+    max_steps: int = arg(0, "stop after this step (0: the last); the schedule stays the full one")
     log_every: int = arg(10, "steps per line of the log")
     workers: int = arg(-1, "decoding processes per rank (-1: chosen from the CPU cores)")
     low_memory: bool = arg(False, "slower: keep activations of one view, recompute the others")

@@ -95,6 +95,8 @@ def fill_settings(cfg):
             common.fail(f"{path} holds no state dict")
         found = content.get("config") or content.get("cfg")  # of backbone.pth, of last.pth
         saved = found if isinstance(found, dict) else {}
+        if saved.get("finished") is False:
+            common.print_main(f"WARN {path} is of an unfinished run, step {saved['step']}")
         for setting in {"backbone", "frames", "stride", "size"} & saved.keys() - cfg.given:
             setattr(cfg, setting, saved[setting])
     cfg.short_side = tuple(round(cfg.size * side / 224) for side in (256, 320))
@@ -161,8 +163,7 @@ def load_weights(network, path):
 
 
 def test_set(cfg, dataset):
-    """The videos to test on, with the classes of the training videos `dataset`. Ends the process if
-    there are none or labels do not fit; warns of untested classes and of videos in both sets."""
+    """The videos to test on, in the classes of the training videos; warns if they look wrong."""
     data = common.find_data(cfg)
     beside = data.with_name("val")
     source = cfg.val or (beside if data.name == "train" and beside.is_dir() else "")
@@ -194,8 +195,7 @@ def labelled_outputs(network, test_clips, allow_missing):
 
 
 def accuracies(scores, labels, classes):
-    """Accuracies in percent of scores (n, classes), given labels (n,) and the classes' names:
-    {"top1", "top5", "per_class": {name: top 1} of the classes that occur}."""
+    """Percent right of scores (n, classes): {"top1", "top5", "per_class": {name: top 1}}."""
     hits = scores.topk(min(5, len(classes))).indices == labels[:, None]  # (n, 5)
 
     def percent(hits):

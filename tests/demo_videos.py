@@ -35,7 +35,7 @@ def demo_videos(folder, seed=0, scenes=4, train=400, val=200):
     folder = Path(folder)
     if folder.exists():
         return folder
-    print(f"making {train + val} demo videos in {folder}, once", flush=True)
+    print(f"making {train + val} demo videos in {folder}, once: a minute or more", flush=True)
     building = folder.with_name(f".{folder.name}-{os.getpid()}")
     jobs = [(building / "train", i, (seed, 0, i), scenes) for i in range(train)]
     jobs += [(building / "val", i, (seed, 1, i), scenes) for i in range(val)]

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 import byol
 import common
 import conftest
+import eval_linear
 from conftest import METHODS, ROOT, run_ranks
 from jobs import Job
 from test_train import log_of
@@ -418,3 +419,14 @@ def test_ranks_that_resume_at_different_steps(small, tmp_path, capfd):
     errors = set(capfd.readouterr().err.strip().splitlines())
     assert len({error.replace("/1/", "/0/") for error in errors}) == 1, errors
     assert "2" in errors.pop() and before == files_of(tmp_path / "0")
+
+
+def test_weights_of_an_unfinished_run(small, folder, tmp_path, capfd):
+    """Ctrl-C or --max-steps, then the next command of a chain: it says that the run is not done."""
+    argv = ["--weights", str(tmp_path / "out"), "--data", str(folder), "--val", str(folder)]
+    argv += ["--small", "--epochs", "1", "--out", str(tmp_path / "probe"), "--workers", "0"]
+    for steps, said in (("1", True), ("0", False)):
+        byol.main([*small, "--max-steps", steps])
+        capfd.readouterr()
+        eval_linear.main(argv)
+        assert ("unfinished run, step 1" in capfd.readouterr().out) == said
