@@ -249,13 +249,20 @@ def test_what_is_said_of_games6(kind, low, high):
 
 
 def test_what_is_said_of_tennis7():
-    """SimCLR's linear accuracies at rho 1 and 2 are equal over all folds, and apart on the first;
-    the text has those of every fold."""
-    runs = {line["rho"]: line for line in log("real-videos") if line["set"] == "tennis7"}
+    """SimCLR at rho 2 is above rho 1 by less than the standard error, and below it on the first
+    fold alone; the text has the mean of every fold."""
     text = (RESULTS / "README.md").read_text()
-    assert runs[1]["linear"][0] == runs[2]["linear"][0]
+    means, folds = {}, {}
     for rho in (1, 2):
-        assert ", ".join(f"{percent:.1f}" for percent in runs[rho]["linear"][1]) in text
+        runs = [line for line in log("real-videos") if line["set"] == "tennis7"]
+        runs = [line for line in runs if line["method"] == "simclr" and line["rho"] == rho]
+        assert [line["seed"] for line in runs] == [0, 1, 2]
+        means[rho] = [sum(line[kind][0] for line in runs) / 3 for kind in ("linear", "knn")]
+        folds[rho] = [sum(line["linear"][1][fold] for line in runs) / 3 for fold in range(5)]
+        assert ", ".join(f"{percent:.1f}" for percent in folds[rho]) in text
+    for one, two in zip(means[1], means[2], strict=True):
+        assert one < two < one + 2.6
+    assert [one > two for one, two in zip(folds[1], folds[2], strict=True)] == [True] + 4 * [False]
 
 
 def test_the_shown_run():
