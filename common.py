@@ -274,7 +274,7 @@ class VideoReader(contextlib.AbstractContextManager):
 
     def __init__(self, path, short_side=None):
         self.path = path
-        self._limits = []  # sorted time stamps; the last frame up to each is wanted
+        self._limits = []  # time stamps; the last frame up to each is wanted
         self._sure = True  # no doubt yet: each packet has the time stamp of its frame
         with _reasons(path):
             self._open()
@@ -580,10 +580,7 @@ def worker_init(_):
     av.logging.set_level(None)
 
 
-MEAN, STD = (
-    0.45,
-    0.225,
-)  # of pixels in [0, 1], every channel (released defaults.py, lines 687 and 693)
+MEAN, STD = 0.45, 0.225  # of every channel (released defaults.py, lines 687 and 693)
 
 
 def train_transform(cfg):
@@ -631,7 +628,12 @@ def augment(clips, seeds, color):
     for place in np.ndindex(*seeds.shape):
         torch.default_generator.manual_seed(int(seeds[place]))
         clips[place] = color(clips[place])
-    return ((clips - MEAN) / STD).transpose(-3, -4)
+    return normalize(clips).transpose(-3, -4)
+
+
+def normalize(pictures):
+    """Pictures in [0, 1] -> what a network takes."""
+    return (pictures - MEAN) / STD
 
 
 # --- backbones and optimizers
@@ -835,9 +837,9 @@ def load_backbone(path):
 
 def load_clip(path, cfg, start=0.0):
     """A clip's middle square -> (1, 3, T, S, S), normalised, S = 256/224 size, as in testing."""
-    side = round(cfg.size * 256 / 224)
+    side = test_size(cfg.size)
     frames = read_clips(path, [start], cfg.frames, cfg.stride, side)  # (1, T, H, W, 3)
-    return (cut_squares(torch.from_numpy(frames), side, 1) / 255 - MEAN) / STD
+    return normalize(cut_squares(torch.from_numpy(frames), side, 1) / 255)
 
 
 class LARS(torch.optim.SGD):
@@ -893,6 +895,11 @@ def learning_rate(cfg, progress):
 # --- evaluation
 
 
+def test_size(size):
+    """Side of a test crop for a training crop, in pixels: 256 for 224."""
+    return round(size * 256 / 224)
+
+
 def cut_squares(frames, side, crops):
     """(N, T, H, W, 3) -> (crops * N, 3, T, side, side), evenly along the long side; 1: centre."""
     frames = frames.movedim(4, 1)  # (N, 3, T, H, W)
@@ -943,7 +950,7 @@ def extract_features(network, test_clips, allow_missing=False, indices=None):
                 fail(f"{reason}; --allow-missing leaves such videos out")
             print(f"WARN left out: {reason}", flush=True)
             continue
-        clips = (item["clips"].to(device()) / 255 - MEAN) / STD
+        clips = normalize(item["clips"].to(device()) / 255)
         more = [tensor.to(device()) for tensor in item.get("more", ())]
         with torch.no_grad(), autocast():
             output = network(clips.contiguous(memory_format=torch.channels_last_3d), *more)
@@ -1035,9 +1042,7 @@ class Run:
                 self.waited += time.monotonic() - asked
                 for group in self.optimizer.param_groups:
                     group["lr"] = learning_rate(cfg, self.step / self.total)
-                torch.manual_seed(
-                    hash((cfg.seed, self.step, rank()))
-                )  # for dropout, after a resume
+                torch.manual_seed(hash((cfg.seed, self.step, rank())))  # for dropout
                 yield self.receive(batch)
                 if self.after_step():
                     break
@@ -1082,8 +1087,7 @@ class Run:
         stops = gather(torch.tensor([int(self.stop_asked)]))  # on the CPU: no wait for the GPU
         stop = stops.sum().item() > 0
         last = stop or self.step == self.last
-        every = self.knn_every
-        knn = every and rest == 0 and (epochs % every == 0 or self.finished)
+        knn = self.knn_every and rest == 0 and (epochs % self.knn_every == 0 or self.finished)
         if knn or last or self.step % self.cfg.log_every == 0:
             self.log(knn)
         if rest == 0 or last or self.step % SAVE_EVERY == 0:

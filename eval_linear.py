@@ -100,7 +100,7 @@ def fill_settings(cfg):
         for setting in {"backbone", "frames", "stride", "size"} & saved.keys() - cfg.given:
             setattr(cfg, setting, saved[setting])
     cfg.short_side = tuple(round(cfg.size * side / 224) for side in (256, 320))
-    cfg.test_size = cfg.test_size or round(cfg.size * 256 / 224)
+    cfg.test_size = cfg.test_size or common.test_size(cfg.size)
     if "out" not in cfg.given:
         data = f"{cfg.data_name}-" if cfg.data else ""
         cfg.out = f"out/{cfg.script}-{data}{name}"

@@ -39,6 +39,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import eval_linear  # noqa: E402
+from bench import cpu_name  # noqa: E402
 
 RESULTS = ROOT / "tests" / "results" / "real-videos.jsonl"
 THREE = "crop,flip,gray"  # the demo's
@@ -181,9 +182,7 @@ def finished(run):
 
 def write(run, **numbers):
     """Append a line of JSON."""
-    with open("/proc/cpuinfo") as file:
-        cpu = next(line.partition(": ")[2].strip() for line in file if "model name" in line)
-    line = run | numbers | {"versions": common.VERSIONS, "cpu": cpu}
+    line = run | numbers | {"versions": common.VERSIONS, "cpu": cpu_name()}
     with open(RESULTS, "a") as file:
         file.write(json.dumps(line) + "\n")
 

@@ -21,7 +21,7 @@ import common
 import moco
 from conftest import ROOT
 from demo_videos import demo_videos
-from table import BOOKS, METHODS, RESULTS, STUDY, cells, filled, log, seeds, tables
+from table import AUGMENTS, BOOKS, METHODS, RESULTS, STUDY, cells, filled, log, seeds, tables
 from videos import make_video
 
 README = (ROOT / "README.md").read_text()
@@ -241,7 +241,7 @@ def test_what_is_said_of_games6(kind, low, high):
             means.setdefault((line["augment"], line["rho"]), []).append(line[kind][0])
     assert {len(percents) for percents in means.values()} == {3}
     means = {key: sum(percents) / 3 for key, percents in means.items()}
-    three, five = "crop,flip,gray", "crop,flip,jitter,gray,blur"
+    three, five = AUGMENTS
     for augment in (three, five):
         assert means["", 0] < means[augment, 1] < means[augment, 2] < means[augment, 1] + 2
     for rho in (1, 2):
