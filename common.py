@@ -2,8 +2,7 @@
 
 Letters in shapes: B videos on this rank, W ranks, rho clips per video, V = max(2, rho) views,
 T frames, H x W pixels, D feature width. Clips are (B, V, 3, T, H, W), features (B, V, D): the view
-is always axis 1. "Released" means SlowFast at commit 287ec00, cited as file and line.
-"""
+is always axis 1. "Released" means SlowFast at commit 287ec00, cited as file and line."""
 
 import argparse
 import atexit
@@ -14,7 +13,6 @@ import dataclasses
 import functools
 import glob
 import hashlib
-import itertools
 import json
 import math
 import multiprocessing
@@ -24,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections import Counter, OrderedDict, deque
 from pathlib import Path
 
@@ -56,7 +53,7 @@ def arg(default, help, choices=None):
 
 @dataclasses.dataclass
 class Config:
-    """The flags of every script. A script's own Config adds the numbers of its recipe."""
+    """The flags of every script; its own Config adds the numbers of its recipe."""
 
     data: str = arg("", "videos: a folder, a list (.txt, .csv) or one file; else the demo's")
     out: str = arg("", "output folder; else out/<script>-<data>-...")
@@ -80,6 +77,7 @@ DEMO = dict(backbone="tiny", stride=4, short_side=(64, 64), size=32, crop_area=(
 DEMO |= dict(augment="crop,flip,gray", epochs=40, batch_size=40, knn_every=10)
 DEMO |= dict(optimizer="adamw", warmup=0.075, weight_decay=1e-4)
 
+VERSIONS = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, av, np))
 EXAMPLES = """examples:
   python %(prog)s                             the demo, with its own defaults (DEMO in the file)
   python %(prog)s --data my/videos --small    the same settings on your own videos
@@ -87,8 +85,7 @@ EXAMPLES = """examples:
 
 
 def parse_args(config, demo, argv=None):
-    """A config with the flags of argv. Without --data or with --small the values in demo replace
-    defaults. Flags that are given always win; cfg.given has their names."""
+    """The config of argv; the values of demo replace defaults without --data or with --small."""
     script = sys.modules[config.__module__]
     how = dict(usage="%(prog)s [--flag value ...]", description=script.__doc__, epilog=EXAMPLES)
     how |= dict(argument_default=argparse.SUPPRESS, allow_abbrev=False)
@@ -104,10 +101,9 @@ def parse_args(config, demo, argv=None):
     cfg = config(**given)
     if cfg.small or not cfg.data:
         cfg = config(**demo | given)
-    cfg.given = set(given)
+    cfg.given = set(given)  # names of flags, which win over any other default
     cfg.script = Path(script.__file__).stem
-    cfg.data_name = Path(cfg.data or "demo").absolute().stem
-    cfg.out = cfg.out or f"out/{cfg.script}-{cfg.data_name}-rho{cfg.rho}"
+    cfg.out = cfg.out or f"out/{cfg.script}-{Path(cfg.data or 'demo').absolute().stem}-rho{cfg.rho}"
     if min(cfg.rho, cfg.frames, cfg.stride, cfg.size, cfg.epochs, cfg.log_every) < 1:
         fail("--rho, --frames, --stride, --size, --epochs and --log-every must be 1 or more")
     if not 0 < cfg.lr < math.inf or not 0 <= cfg.warmup < 1:
@@ -135,21 +131,19 @@ def print_main(message):
 
 # --- distributed
 
-VERSIONS = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, av, np))
-
 
 def init_distributed(cfg):
     """Seed this process, give it its GPU and its share of the cores, join the other ranks."""
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # until training, which saves first
     torch.manual_seed(cfg.seed)
     torch.backends.cudnn.benchmark = True
+    tqdm.monitor_interval = 0  # a worker hangs that is forked while its thread begins (Python 3.11)
     affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS
     cores = len(affinity(0)) if affinity else os.cpu_count()
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    backend = "gloo"
-    if device().type == "cuda":
+    on_gpu = device().type == "cuda"
+    if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        backend = "cpu:gloo,cuda:nccl"
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             print_main("WARN this GPU lacks bfloat16: float32 is slower and takes twice the memory")
     else:
@@ -160,15 +154,14 @@ def init_distributed(cfg):
     threads = cores if cfg.workers else 1  # else augmentation waits for threads of busy cores
     torch.set_num_threads(max(1, min(torch.get_num_threads(), threads)))
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group(backend)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
         os.makedirs(cfg.out, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.out).close()  # fails if the folder cannot be written to
     except OSError as error:
         fail(f"--out {cfg.out}: {error.strerror}")
-    changed = [f"{k} {v}" for k, v in vars(cfg).items() if v != getattr(type(cfg), k, v)]
-    print_main(f"{VERSIONS}; {world_size()} x {device().type}")
-    print_main(f"not the defaults: {', '.join(changed)}")
+    changed = ", ".join(f"{k} {v}" for k, v in vars(cfg).items() if v != getattr(type(cfg), k, v))
+    print_main(f"{VERSIONS}; {world_size()} x {device().type}\nnot the defaults: {changed}")
 
 
 @atexit.register  # after the import of torch: handlers run last in, first out
@@ -196,8 +189,7 @@ def device():
 
 def autocast():
     """bfloat16 on GPUs that compute in it; float32 on others and on a CPU, where it is slow."""
-    on_gpu = device().type == "cuda"
-    enabled = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    enabled = device().type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device().type, torch.bfloat16, enabled=enabled)
 
 
@@ -235,21 +227,20 @@ def local_part(x):
 
 
 def wrap_ddp(model, cfg):
-    """What to call in the training step: the model, in DDP if there are several ranks. Each has the
-    BN statistics of its own clips, or all have those of all (SyncBN, on GPUs) with cfg.sync_bn."""
+    """What the training step calls: the model, in DDP on several ranks; SyncBN if cfg.sync_bn."""
     if world_size() == 1:
         return model
     if cfg.sync_bn and device().type == "cuda":
         nn.SyncBatchNorm.convert_sync_batchnorm(model)  # in place
-    warnings.simplefilter("ignore", FutureWarning)  # torch 2.14 renames broadcast_buffers
-    return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
+    network = nn.parallel.DistributedDataParallel(model)
+    network.broadcast_buffers = False  # torch 2.14 warns of the argument of this name
+    return network
 
 
 # --- video
 
 FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,h264,hevc,m4v,ivf,obu,mxf,nut,dv,wtv"
-# no network, and no playlist that names other files
-LOCAL = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+LOCAL = {"protocol_whitelist": "file", "format_whitelist": FORMATS}  # no playlists, no network
 
 
 class BadVideo(ValueError):
@@ -268,7 +259,6 @@ def _reasons(path):
 class VideoReader(contextlib.AbstractContextManager):
     """A video file, decoded in one thread; times are seconds after its first frame. Frames are
     resized to short_side pixels, with a long side of at most 16 times that. Raises BadVideo.
-
     H.264 and MPEG-2: frames that are neither wanted nor references are skipped. Time stamps of
     packets, read ahead, tell which; on any doubt about them read() starts over and skips none."""
 
@@ -280,7 +270,6 @@ class VideoReader(contextlib.AbstractContextManager):
             self._open()
             if self._coming is None:
                 raise ValueError("no frame with a time stamp can be decoded")
-        self._first = self._coming
         self._size = [self._first.height, self._first.width]
         if short_side:
             scale = short_side / min(self._size)
@@ -293,7 +282,6 @@ class VideoReader(contextlib.AbstractContextManager):
     __exit__ = close
 
     def _open(self):
-        """Open the file and decode its first frame."""
         self._container = av.open(f"file:{self.path}", options=LOCAL)
         self._stream = self._container.streams.best("video")
         decoder = getattr(self._stream, "codec_context", None)  # None if the codec is unknown
@@ -305,7 +293,7 @@ class VideoReader(contextlib.AbstractContextManager):
         if decoder.name not in ("h264", "mpeg2video") or container in ("avi", "mpeg"):
             self._sure = False
         self._frames = self._decode()
-        self._coming = next(self._frames, None)
+        self._first = self._coming = next(self._frames, None)
 
     @functools.cached_property
     def duration(self):
@@ -350,8 +338,7 @@ class VideoReader(contextlib.AbstractContextManager):
         if self._container.format.name == "mpeg" or self._coming is None:
             return  # an mpg file has too few time stamps to know where a seek has led
         index = self._stream.index_entries
-        i = index.search_timestamp(int(limit - self._second / 10))
-        # a guess where the index, if any, ends before
+        i = index.search_timestamp(int(limit - self._second / 10))  # else a guess:
         key_frame = index[i].timestamp if 0 <= i < len(index) - 1 else limit - 2 * self._second
         if key_frame <= self._coming.pts:
             return
@@ -384,8 +371,7 @@ class VideoReader(contextlib.AbstractContextManager):
                 self._sure = False
 
     def _packets(self):
-        """Yield packets in the order of decoding. Unless they are in doubt, 20 are read ahead:
-        H.264 and MPEG-2 decode at most 16 frames before one that is displayed earlier."""
+        """Yield packets; 20 are read ahead, as at most 16 are decoded before one shown earlier."""
         self._stamps = [math.inf]  # sorted, of the last packets that were read
         ahead = deque()
         # a damaged file ends here; PyAV raises IndexError at the end if it met new streams
@@ -399,25 +385,24 @@ class VideoReader(contextlib.AbstractContextManager):
         yield from ahead
 
 
-def read_clips(path, starts, frames, stride, size=None):
-    """Clips of a video, (clips, T, H, W, 3) uint8 RGB: frame i lies i * stride / 30 s after the
-    start. starts: seconds (clips,), or (clips, T) of all frames. size: the short side in pixels."""
-    with VideoReader(path, size) as reader:
-        return read_from(reader, starts, frames, stride)
-
-
-def read_from(reader, starts, frames, stride):
-    """read_clips from any reader."""
+def read_clips(video, starts, frames, stride, size=None):
+    """Clips of a video, or of a reader, (clips, T, H, W, 3) uint8 RGB: frame i is i * stride / 30 s
+    after the start. starts: seconds (clips,), or (clips, T) of all frames. size: the short side."""
+    if isinstance(video, (str, os.PathLike)):
+        with VideoReader(video, size) as reader:
+            return read_clips(reader, starts, frames, stride)
     times = np.asarray(starts, float)
     if times.ndim == 1:
         times = times[:, None] + np.arange(frames) * stride / 30  # (clips, T)
-    pictures = reader.read(times.ravel())  # (clips * T, H, W, 3)
+    pictures = video.read(times.ravel())  # (clips * T, H, W, 3)
     return pictures.reshape(*times.shape, *pictures.shape[1:])
 
 
 # --- data set and augmentation
 
 SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .flv .wmv .3gp .ogv".split())
+TABS = dict(fieldnames=["path", "label"], delimiter="\t", quoting=csv.QUOTE_NONE)  # a text list's
+MEAN, STD = 0.45, 0.225  # of every channel (released defaults.py, lines 687 and 693)
 
 
 def find_data(cfg):
@@ -432,9 +417,9 @@ def find_data(cfg):
 
 
 def list_videos(source, split=None):
-    """Paths and labels ("": none) of a folder, searched at any depth, whose folders are the labels;
-    of a text list of `path` or `path<TAB>label` lines, # comments; of a csv with a header of path,
-    label, split ("train": its rows train, "val": val or test); or of one video file."""
+    """Paths and labels ("": none) of a folder, at any depth, whose folders are the labels; of a
+    text list of `path` or `path<TAB>label`, # comments; of a csv with a header of path, label,
+    split ("train": its rows train, "val": val or test); or of one video file."""
     folder, name = os.path.split(source)
     if os.path.isdir(source):
         folder = source
@@ -444,17 +429,15 @@ def list_videos(source, split=None):
     elif name.lower().endswith(SUFFIXES):
         rows = [{"path": name}]
     else:
+        how = {} if name.endswith(".csv") else TABS
         try:
             with open(source, encoding="utf-8-sig", errors="surrogateescape") as file:
                 lines = [line for line in file if line.strip() and line[0] != "#"]
-        except OSError as error:
-            fail(f"--data {source}: {error.strerror}")
-        if name.endswith(".csv"):
-            rows = list(csv.DictReader(lines, restval=""))
-        else:
-            rows = [dict(zip(("path", "label"), line.split("\t"), strict=False)) for line in lines]
+            rows = list(csv.DictReader(lines, restval="", **how))
+        except (OSError, csv.Error) as error:
+            fail(f"--data {source}: {getattr(error, 'strerror', error)}")
     if rows and "path" not in rows[0]:
-        fail(f"{source}: its first line must name the columns path, label, split")
+        fail(f"{source}: its first line must be a header: path, and maybe label, split")
     if split:
         wanted = ["train"] if split == "train" else ["val", "test"]
         rows = [row for row in rows if row.get("split", "train") in wanted]
@@ -466,11 +449,10 @@ class VideoClips(Dataset):
     """The rho clips of each video, augmented, indexed by (epoch, index). An item depends on these
     and cfg.seed alone. It is a dict: clips (V, 3, T, H, W) float32, label (-1: none), index, starts
     (V,) in seconds or (V, T) of all frames, bad: why another video replaces one (else "").
-
     sample_clips(duration, clip_seconds, rho, timespan, rng): the starts (rho,) or the times of all
     frames (rho, T), in seconds. transform: (T, 3, H, W) uint8 -> (T, 3, h, w) float32, the whole
     augmentation, instead of cfg.augment. videos: (paths, labels). classes: names of labels.
-    Override open() to read anything else than video files, views() or item() for other tensors."""
+    Override open() for anything but video files; views(), item(), collate() for other tensors."""
 
     collate = None  # items -> a batch; None: torch's default
 
@@ -484,8 +466,7 @@ class VideoClips(Dataset):
         self.classes = classes or sorted(set(labels) - {""})
         numbers = {label: number for number, label in enumerate(self.classes)}
         self.labels = np.array([numbers.get(label, -1) for label in labels])  # (n,)
-        # bytes: a million strings would be copied into each worker as they are counted
-        self.paths = np.array([os.fsencode(path) for path in paths])  # (n,)
+        self.paths = np.array(paths)  # (n,), not a list, which each worker would copy
         print_main(f"data: {len(paths)} videos, {len(self.classes)} classes")
         if cfg.num_views > 1:  # of a method
             fit_to_videos(cfg, len(paths))
@@ -493,13 +474,9 @@ class VideoClips(Dataset):
     def __len__(self):
         return len(self.paths)
 
-    def path(self, index):
-        return os.fsdecode(self.paths[index])
-
     def open(self, index, short_side):
-        """A reader of a video: .duration in seconds, .read(times) -> (N, H, W, 3) uint8 RGB whose
-        short side is short_side pixels, .close(). Raises BadVideo if it cannot be read."""
-        return VideoReader(self.path(index), short_side)
+        """A reader of a video, with .duration, .read(times), .close() as VideoReader has them."""
+        return VideoReader(self.paths[index], short_side)
 
     def views(self, frames, rng):
         """Frames (rho, T, H, W, 3) uint8 -> the tensors of an item: {"clips": (V, 3, T, H, W)}."""
@@ -523,7 +500,7 @@ class VideoClips(Dataset):
         with contextlib.closing(self.open(index, short_side)) as reader:
             settings = reader.duration, cfg.clip_seconds, cfg.rho, cfg.timespan
             starts = np.asarray(self.sample_clips(*settings, rng), float)
-            frames = read_from(reader, starts, cfg.frames, cfg.stride)
+            frames = read_clips(reader, starts, cfg.frames, cfg.stride)
         starts = torch.from_numpy(starts).expand(cfg.num_views, *starts.shape[1:])
         item = {"label": int(self.labels[index]), "index": index, "starts": starts}
         return item | self.views(frames, rng)
@@ -543,8 +520,7 @@ class VideoClips(Dataset):
 
 
 def fit_to_videos(cfg, n):
-    """With --small, batch size and epochs, unless given: a step takes at most a quarter of the n
-    videos, a run at least 400 steps. Ends the process if there can be no batch."""
+    """With --small, batches of up to a quarter of the n videos and 400 steps, unless given."""
     ranks = world_size()
     if cfg.small:
         if "batch_size" not in cfg.given:
@@ -553,13 +529,11 @@ def fit_to_videos(cfg, n):
             cfg.epochs = math.ceil(400 / max(1, n // cfg.batch_size))
         print_main(f"for {n} videos: --batch-size {cfg.batch_size} --epochs {cfg.epochs}")
     if cfg.batch_size % ranks or not 2 * ranks <= cfg.batch_size <= n:
-        bounds = f"a multiple of {ranks} processes, from {2 * ranks} to all {n} videos"
-        fail(f"--batch-size {cfg.batch_size} must be {bounds}")
+        fail(f"--batch-size {cfg.batch_size}: a multiple of {ranks}, {2 * ranks} to all {n} videos")
 
 
 class TrainSampler:
-    """Batches of (epoch, index) for this rank: steps `first` to `last` - 1. Each epoch has its own
-    order of the n videos and drops the rest; rank r takes the contiguous slice r of a batch."""
+    """Batches of (epoch, index) of steps first to last - 1: of each, rank r has the r-th slice."""
 
     def __init__(self, cfg, n, first, last):
         self.cfg, self.n, self.steps = cfg, n, range(first, last)
@@ -578,9 +552,6 @@ def worker_init(_):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     av.logging.set_level(None)
-
-
-MEAN, STD = 0.45, 0.225  # of every channel (released defaults.py, lines 687 and 693)
 
 
 def train_transform(cfg):
@@ -604,8 +575,7 @@ def train_transform(cfg):
     crop = v2.RandomResizedCrop(cfg.size, area) if any(area) else v2.RandomCrop(cfg.size)
     if "crop" not in names:
         crop = v2.Compose([v2.Resize(cfg.size), v2.CenterCrop(cfg.size)])
-    color = [table[name] for name in table if name in names]
-    return crop, v2.Compose(color or [v2.Identity()])
+    return crop, v2.Compose([table[name] for name in table if name in names] or [v2.Identity()])
 
 
 def noise(clip):
@@ -628,12 +598,7 @@ def augment(clips, seeds, color):
     for place in np.ndindex(*seeds.shape):
         torch.default_generator.manual_seed(int(seeds[place]))
         clips[place] = color(clips[place])
-    return normalize(clips).transpose(-3, -4)
-
-
-def normalize(pictures):
-    """Pictures in [0, 1] -> what a network takes."""
-    return (pictures - MEAN) / STD
+    return ((clips - MEAN) / STD).transpose(-3, -4)
 
 
 # --- backbones and optimizers
@@ -727,9 +692,7 @@ def r2plus1d_18():
 
 
 class Gate(nn.Conv3d):
-    """Channels times a sigmoid of their averages over time and space (S3D-G)."""
-
-    def forward(self, x):
+    def forward(self, x):  # channels times a sigmoid of their averages over time and space
         return x * super().forward(x.mean((2, 3, 4), keepdim=True)).sigmoid()
 
 
@@ -743,24 +706,10 @@ def s3d_g():
     return Backbone(1024, network.features.named_children())
 
 
-BACKBONES = {  # a line more, and every --backbone knows it
-    "slow_r50": functools.partial(slow, (3, 4, 6, 3)),
-    "slow_r101": functools.partial(slow, (3, 4, 23, 3)),
-    "r2plus1d_18": r2plus1d_18,
-    "s3d_g": s3d_g,
-    "tiny": tiny,
-}
-
-
-def backbone(name):
-    """A new network of BACKBONES: (B, 3, T, H, W) -> (B, .feature_dim); .features(x)."""
-    return BACKBONES[name]()
-
-
 def mlp(widths, bn):
     """(N, widths[0]) -> (N, widths[-1]): linear, (BN,) ReLU, ..., linear (head_helper.py:147)."""
     layers = nn.Sequential()
-    for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+    for i, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
         if layers and bn:
             layers.append(nn.BatchNorm1d(inputs))
         if layers:
@@ -775,31 +724,18 @@ def mlp(widths, bn):
 
 def encode_views(network, clips, low_memory=False):
     """(B, V, 3, T, H, W) -> (B, V, ...) float32; BN sees the B clips of one view at a time."""
-
-    def contexts():  # of the forward pass, of its repetition in the backward pass
-        return contextlib.nullcontext(), restored_buffers(network)
-
     outputs = []
     for view in clips.unbind(1):
         if view.ndim == 5:  # clips (B, 3, T, H, W), and not features for a head
             view = view.contiguous(memory_format=torch.channels_last_3d)
-        if low_memory:  # keep the input alone for the backward pass
-            output = checkpoint(network, view, use_reentrant=False, context_fn=contexts)
+        if low_memory:  # the backward pass computes the rest again, with copies of BN's statistics
+            bn = {name: buffer.clone() for name, buffer in network.named_buffers()}
+            output = checkpoint(torch.func.functional_call, network, bn, view, use_reentrant=False)
+            network.load_state_dict(bn, strict=False)
         else:
             output = network(view)
         outputs.append(output.float())
     return torch.stack(outputs, dim=1)
-
-
-@contextlib.contextmanager
-def restored_buffers(network):
-    """While activations are recomputed: BN statistics must not count the same batch twice."""
-    before = {buffer: buffer.clone() for buffer in network.buffers()}
-    try:
-        yield
-    finally:  # torch leaves by an exception when it has what it needs
-        for buffer, value in before.items():
-            buffer.copy_(value)
 
 
 def read_file(path):
@@ -807,8 +743,7 @@ def read_file(path):
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch has no common class for what a damaged file raises
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"cannot read {path}: {reason}") from None
+        raise ValueError(f"cannot read {path}: " + str(error).split("\n")[0]) from None
 
 
 def write_file(path, save):
@@ -827,8 +762,7 @@ def write_file(path, save):
 
 def load_backbone(path):
     """A run's folder or backbone.pth -> the network, in eval, on the CPU, and its settings cfg."""
-    path = Path(path)
-    content = read_file(path / "backbone.pth" if path.is_dir() else path)
+    content = read_file(Path(path, "backbone.pth") if os.path.isdir(path) else path)
     cfg = argparse.Namespace(**content["config"])
     network = backbone(cfg.backbone)
     network.load_state_dict(content["state_dict"])
@@ -837,9 +771,9 @@ def load_backbone(path):
 
 def load_clip(path, cfg, start=0.0):
     """A clip's middle square -> (1, 3, T, S, S), normalised, S = 256/224 size, as in testing."""
-    side = test_size(cfg.size)
+    side = round(cfg.size * 256 / 224)
     frames = read_clips(path, [start], cfg.frames, cfg.stride, side)  # (1, T, H, W, 3)
-    return normalize(cut_squares(torch.from_numpy(frames), side, 1) / 255)
+    return (cut_squares(torch.from_numpy(frames), side, 1) / 255 - MEAN) / STD
 
 
 class LARS(torch.optim.SGD):
@@ -862,11 +796,23 @@ class LARS(torch.optim.SGD):
         super().step()
 
 
+BACKBONES = {  # a line more, and every --backbone knows it
+    "slow_r50": functools.partial(slow, (3, 4, 6, 3)),
+    "slow_r101": functools.partial(slow, (3, 4, 23, 3)),
+    "r2plus1d_18": r2plus1d_18,
+    "s3d_g": s3d_g,
+    "tiny": tiny,
+}
 OPTIMIZERS = {  # a line more, and every --optimizer knows it
     "lars": LARS,
     "sgd": functools.partial(torch.optim.SGD, momentum=0.9, nesterov=True),
     "adamw": torch.optim.AdamW,
 }
+
+
+def backbone(name):
+    """A new network of BACKBONES: (B, 3, T, H, W) -> (B, .feature_dim); .features(x)."""
+    return BACKBONES[name]()
 
 
 def make_optimizer(model, cfg):
@@ -893,11 +839,6 @@ def learning_rate(cfg, progress):
 
 
 # --- evaluation
-
-
-def test_size(size):
-    """Side of a test crop for a training crop, in pixels: 256 for 224."""
-    return round(size * 256 / 224)
 
 
 def cut_squares(frames, side, crops):
@@ -929,7 +870,7 @@ class TestClips(Dataset):
                 else:
                     room = max(0, reader.duration - cfg.clip_seconds)
                     starts = np.arange(self.clips) / self.clips * room
-                frames = read_from(reader, starts, cfg.frames, cfg.stride)
+                frames = read_clips(reader, starts, cfg.frames, cfg.stride)
         except BadVideo as error:
             return {"index": index, "bad": str(error)}
         clips = cut_squares(torch.from_numpy(frames), self.size, self.crops)
@@ -937,9 +878,8 @@ class TestClips(Dataset):
 
 
 def extract_features(network, test_clips, allow_missing=False, indices=None):
-    """Run a network on each video's (views, 3, T, S, S) float32 and item["more"] -> on every rank
-    outputs (n, ...) float32 on the CPU and indices (n,). A bad video ends the process, or is left
-    out if allow_missing."""
+    """A network on each video's (views, 3, T, S, S) float32 and item["more"] -> on every rank its
+    outputs (n, ...) and indices (n,). A bad video ends the process, unless allow_missing."""
     mine = (indices or range(len(test_clips)))[rank() :: world_size()]
     how = {"num_workers": test_clips.dataset.cfg.workers, "worker_init_fn": worker_init}
     loader = DataLoader(test_clips, batch_size=None, sampler=mine, **how)
@@ -950,7 +890,7 @@ def extract_features(network, test_clips, allow_missing=False, indices=None):
                 fail(f"{reason}; --allow-missing leaves such videos out")
             print(f"WARN left out: {reason}", flush=True)
             continue
-        clips = normalize(item["clips"].to(device()) / 255)
+        clips = (item["clips"].to(device()) / 255 - MEAN) / STD
         more = [tensor.to(device()) for tensor in item.get("more", ())]
         with torch.no_grad(), autocast():
             output = network(clips.contiguous(memory_format=torch.channels_last_3d), *more)
@@ -976,10 +916,10 @@ def knn_accuracy(bank, bank_labels, queries, labels, k=20, temperature=0.07):
 
 # --- the run
 
-# flags that may change when a run goes on, the last five of an evaluation
-FREE = "out max_steps log_every workers low_memory knn_every".split()
-FREE += "allow_missing test_clips test_crops test_size neighbours".split()
+FREE = "out max_steps log_every workers low_memory knn_every".split()  # may change in a resume
+FREE += "allow_missing test_clips test_crops test_size neighbours".split()  # of evaluations
 SAVE_EVERY = 200  # steps, beside the ends of epochs
+HEADER = "    step   epoch       loss  feature std    kNN  videos/s"
 ROW = "{step:8d} {epoch:7.1f} {loss:10.4f} {feature_std:12.3f} {knn:>6} {videos_per_second:9.1f}"
 
 
@@ -1028,13 +968,11 @@ class Run:
                 file.truncate(min(file.tell(), self.log_bytes))
         before = {s: signal.signal(s, self.ask_stop) for s in (signal.SIGTERM, signal.SIGINT)}
         sampler = TrainSampler(cfg, len(self.dataset), self.step, self.last)
-        how = dict(batch_sampler=sampler, collate_fn=self.dataset.collate, num_workers=cfg.workers)
-        how |= dict(worker_init_fn=worker_init, pin_memory=device().type == "cuda")
-        loader = DataLoader(self.dataset, **how)
-        quiet = rank() > 0 or None  # None: unless it writes to a terminal
-        self.bar = tqdm(loader, cfg.script, self.last, initial=self.step, disable=quiet)
-        print_main(f"chance level of the loss: {self.chance:.4f}")
-        print_main("    step   epoch       loss  feature std    kNN  videos/s")
+        how = dict(num_workers=cfg.workers, worker_init_fn=worker_init, batch_sampler=sampler)
+        how |= dict(collate_fn=self.dataset.collate, pin_memory=device().type == "cuda")
+        data = DataLoader(self.dataset, **how)
+        self.bar = tqdm(data, cfg.script, self.last, initial=self.step, disable=rank() > 0 or None)
+        print_main(f"chance level of the loss: {self.chance:.4f}\n{HEADER}")
         self.since, self.waited = time.monotonic(), 0.0  # of the last line of the log; for data
         asked = self.since
         try:
@@ -1061,7 +999,7 @@ class Run:
         self.stop_asked = True
 
     def receive(self, batch):
-        """Name bad videos, once; the batch on the device, augmented if that is done there."""
+        """Name bad videos, once; the batch on the device, augmented there if that is a GPU."""
         for reason in set(batch.pop("bad")) - {"", *self.bad_videos}:
             self.bad_videos.append(reason)
             print(f"WARN bad video, replaced: {reason}", file=sys.stderr, flush=True)
@@ -1073,7 +1011,7 @@ class Run:
         return batch
 
     def record(self, loss, features, **numbers):
-        """Note the step's loss, features (B, V, D) and any numbers for the log; nothing else."""
+        """Note the step's loss, features (B, V, D) and any numbers for the log."""
         self.losses.append(loss.detach())
         self.features, self.numbers = features.detach(), numbers
 
@@ -1084,8 +1022,7 @@ class Run:
         if rest == 0 and world_size() > 1:
             for buffer in self.model.buffers():  # BN's running statistics: those of rank 0
                 dist.broadcast(buffer, 0)
-        stops = gather(torch.tensor([int(self.stop_asked)]))  # on the CPU: no wait for the GPU
-        stop = stops.sum().item() > 0
+        stop = gather(torch.tensor([int(self.stop_asked)])).sum().item() > 0  # all on the CPU
         last = stop or self.step == self.last
         knn = self.knn_every and rest == 0 and (epochs % self.knn_every == 0 or self.finished)
         if knn or last or self.step % self.cfg.log_every == 0:
@@ -1095,11 +1032,10 @@ class Run:
         return stop
 
     def log(self, knn):
-        """A line of JSON in log.jsonl, a row on the terminal, a warning if a number looks wrong.
-        Here alone, and in save(), the GPU is waited for."""
-        cfg, first = self.cfg, self.step - len(self.losses) + 1
+        """A line in log.jsonl, a row, warnings. Only here and in save() is the GPU waited for."""
+        cfg = self.cfg
         losses = gather(torch.stack(self.losses)[None]).mean(0).tolist()  # (steps,)
-        for step, loss in enumerate(losses, first):
+        for step, loss in enumerate(losses, self.step - len(losses) + 1):
             if not math.isfinite(loss):
                 self.diverge(f"non-finite loss at step {step}")
         self.bad_videos = sorted(set().union(*gather_objects(self.bad_videos)))
@@ -1129,12 +1065,14 @@ class Run:
         print_main(ROW.format(knn=line.get("knn_top1", "-"), **line))
         self.bar.set_postfix_str(f"loss {line['loss']:.4f}", refresh=False)
         trained = cfg.num_views > 1 and self.step > cfg.warmup * self.total
-        collapsed = trained and line["feature_std"] < 0.2
-        at_chance = trained and line["loss"] > 0.98 * self.chance
         same = cfg.rho > 1 and line["clip_distance"] == 0
         for wrong, lines, what in (
-            (collapsed, 3, "collapsed: all videos get the same features"),
-            (at_chance, 15, "the loss stays at chance"),
+            (
+                trained and line["feature_std"] < 0.2,
+                3,
+                "collapsed: the same features for all videos",
+            ),
+            (trained and line["loss"] > 0.98 * self.chance, 15, "the loss stays at chance"),
             (line["data_wait"] > 0.3, 3, "waiting for data: more --workers or smaller videos help"),
             (same, 3, "the clips of a video start at the same time: a smaller --stride helps"),
         ):
@@ -1168,22 +1106,20 @@ class Run:
 
     def save(self):
         """Write last.pth, all that a resume needs, and backbone.pth, what others load."""
-        model, network = self.model.state_dict(), self.model.encoder.backbone
+        model = self.model.state_dict()
         for state in (model, *self.optimizer.state.values()):
             if not all(torch.as_tensor(value).isfinite().all() for value in state.values()):
                 self.diverge(f"weights are not finite after step {self.step}")
         settings = self.settings()
         last = {"model": model, "optimizer": self.optimizer.state_dict(), "cfg": settings}
-        last |= {name: getattr(self, name) for name in ("step", "bad_videos", "log_bytes")}
-        state = {name: tensor.cpu() for name, tensor in network.state_dict().items()}
-        now = {"step": self.step, "finished": self.finished}
-        backbone = {"state_dict": state, "config": settings | now}
+        last |= dict(step=self.step, bad_videos=self.bad_videos, log_bytes=self.log_bytes)
+        config = settings | {"step": self.step, "finished": self.finished}
+        backbone = {"state_dict": self.model.encoder.backbone.state_dict(), "config": config}
         write_file(self.out / "backbone.pth", functools.partial(torch.save, backbone))
         write_file(self.out / "last.pth", functools.partial(torch.save, last))
         (self.out / "diverged").unlink(missing_ok=True)
 
     def resume(self, path):
-        """Go on from a checkpoint, if there is one, on all ranks from the same step."""
         if path.exists():
             try:
                 saved = read_file(path)
@@ -1195,8 +1131,8 @@ class Run:
             except Exception as error:
                 fail(f"{path} cannot go on in this run ({error}); choose another --out")
             print_main(f"{path}: going on after step {self.step}")
-        steps = gather_objects(self.step)
-        if len(set(steps)) > 1:
+        steps = set(gather_objects(self.step))
+        if len(steps) > 1:
             fail(f"the ranks found steps {steps} in {path}: is its disk not shared?")
 
     def compare(self, before, finished):

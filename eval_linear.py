@@ -100,9 +100,9 @@ def fill_settings(cfg):
         for setting in {"backbone", "frames", "stride", "size"} & saved.keys() - cfg.given:
             setattr(cfg, setting, saved[setting])
     cfg.short_side = tuple(round(cfg.size * side / 224) for side in (256, 320))
-    cfg.test_size = cfg.test_size or common.test_size(cfg.size)
+    cfg.test_size = cfg.test_size or cfg.short_side[0]
     if "out" not in cfg.given:
-        data = f"{cfg.data_name}-" if cfg.data else ""
+        data = f"{Path(cfg.data).absolute().stem}-" if cfg.data else ""
         cfg.out = f"out/{cfg.script}-{data}{name}"
     return saved
 
@@ -177,12 +177,12 @@ def test_set(cfg, dataset):
     test = common.VideoClips(cfg, None, videos=(paths, labels), classes=dataset.classes)
     for flag, part in (("--data", dataset), ("--val", test)):
         for index in np.flatnonzero(part.labels < 0):
-            common.fail(f"{flag} has videos without a label, such as {part.path(index)}")
+            common.fail(f"{flag} has videos without a label, such as {part.paths[index]}")
     if len(dataset.classes) < 2:
         common.fail(f"--data has one class, {dataset.classes[0]}: at least two are needed")
     if absent := sorted(set(dataset.classes) - set(labels)):
         common.print_main(f"WARN no test video of class {absent[0]} ({len(absent)} such)")
-    train = {Path(dataset.path(index)).resolve() for index in range(len(dataset))}
+    train = {Path(dataset.paths[index]).resolve() for index in range(len(dataset))}
     if both := train & {Path(path).resolve() for path in paths}:
         common.print_main(f"WARN {len(both)} videos are in --data and --val, such as {min(both)}")
     return test
@@ -232,7 +232,7 @@ def write_neighbours(path, bank, queries, side=160):
             with contextlib.closing(source.open(index, side)) as reader:
                 frames = torch.from_numpy(reader.read([reader.duration / 2]))  # (1, H, W, 3)
             square = common.cut_squares(frames[None], side, 1)[0, :, 0]  # (3, side, side)
-            name = ascii(os.path.basename(source.path(index)))[1:27]
+            name = ascii(os.path.basename(source.paths[index]))[1:27]
             cell = F.pad(square, (0, 0, 0, 14))
             cells.append(torchvision.utils.draw_bounding_boxes(cell, corner, [name], "white") / 255)
     grid = torchvision.utils.make_grid(cells, nrow=len(shown), padding=0)
@@ -375,8 +375,8 @@ def main(argv=None):
     load(backbone, cfg)
     if cfg.extract:
         features, labels, indices = extract(cfg, backbone, dataset)
-        paths = np.array([dataset.path(index) for index in indices])
-        rows = {"features": features.mean(1).numpy(), "labels": labels.numpy(), "paths": paths}
+        rows = {"features": features.mean(1).numpy(), "labels": labels.numpy()}
+        rows["paths"] = dataset.paths[indices]
         common.write_file(cfg.extract, lambda file: np.savez(file, **rows))
         common.print_main(f"{cfg.extract}: features of {len(indices)} of {len(dataset)} videos")
         return

@@ -306,8 +306,9 @@ class AVA(Annotated):
         torch.default_generator.manual_seed(int(rng.integers(2**62)))  # the transforms draw from it
         clip, boxes = self.crop(*self.whole(index, short_side))
         clip, boxes = self.color(clip * (1 / 255), boxes)
+        clip = (clip - common.MEAN) / common.STD  # (T, 3, S, S)
         return {
-            "clips": common.normalize(clip).transpose(0, 1)[None],  # (1, 3, T, S, S)
+            "clips": clip.transpose(0, 1)[None],
             "boxes": boxes,
             "target": self.target(index),
             "index": index,

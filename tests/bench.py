@@ -247,7 +247,7 @@ def memory(quick, folder):
     for _ in range(4):  # workers that go through all paths
         if (pid := os.fork()) == 0:
             for i in range(len(videos)):
-                videos.path(i)
+                videos.paths[i]
             time.sleep(60)
         children.append(pid)
     time.sleep(3 if quick else 25)

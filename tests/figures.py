@@ -128,7 +128,7 @@ def views(path, script, *argv):
     pictures = F.interpolate(pictures, scale_factor=math.ceil(96 / cfg.size))
     torchvision.utils.save_image(pictures, path, nrow=cfg.frames)
     for item in items:
-        name = dataset.path(item["index"])
+        name = dataset.paths[item["index"]]
         print(name, "clips start at", [f"{start:.2f} s" for start in item["starts"].tolist()])
 
 

@@ -267,7 +267,7 @@ DYING_WORKER = """
     opens = common.VideoClips.open
 
     def dying(self, index, short_side):
-        if torch.utils.data.get_worker_info() and self.path(index).endswith("06.mp4"):
+        if torch.utils.data.get_worker_info() and self.paths[index].endswith("06.mp4"):
             os.kill(os.getpid(), signal.SIGKILL)
         return opens(self, index, short_side)
 

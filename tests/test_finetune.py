@@ -254,7 +254,7 @@ def test_charades_lists(charades):
     assert [actions for _, actions in train] == 2 * [[(3, 0.0, 2.0)], [(100, 0.0, 2.0)], both]
     assert [name for name, _ in test] == [f"V{i:04d}.mp4" for i in range(50, 56)]
     dataset = finetune.Charades(cfg, *finetune.listed_videos(cfg, "train"))
-    assert all(Path(dataset.path(i)).exists() for i in range(6)) and (dataset.labels == -1).all()
+    assert all(Path(dataset.paths[i]).exists() for i in range(6)) and (dataset.labels == -1).all()
 
 
 def test_targets_are_the_actions_during_the_clip(monkeypatch):

@@ -232,7 +232,7 @@ JPG = """
 
     class JpgClips(common.VideoClips):
         def open(self, index, short_side):
-            return JpgReader(self.path(index), short_side)
+            return JpgReader(self.paths[index], short_side)
 
     # the end of the reader
 
@@ -359,7 +359,7 @@ def test_features_of_one_video(script, small, folder, tmp_path):
     model = last_of(tmp_path / "out")["model"]
     names = backbone.state_dict()
     backbone.load_state_dict({name: model[f"encoder.backbone.{name}"] for name in names})
-    side = common.test_size(16)
+    side = round(16 * 256 / 224)
     frames = common.read_clips(str(video), [0.1], 4, 4, side)  # (1, T, H, W, 3)
     left = (frames.shape[3] - side) // 2
     clip = torch.from_numpy(frames[:, :, :, left : left + side]).permute(0, 4, 1, 2, 3) / 255

@@ -3,9 +3,11 @@ for the GPU in a step, ranks that do not share a disk."""
 
 import importlib
 import json
+import os
 import re
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,21 @@ def test_nothing_hangs(ranks, seconds, small, tmp_path):
         assert status != 0, (fault, job.text())
         assert "Traceback" in job.text(), (fault, job.text())
         assert re.search(REASONS[fault], job.text()), (fault, job.text())
+
+
+def _threads_at_forks(argv):
+    seen = []
+    os.register_at_fork(before=lambda: seen.append([t.name for t in threading.enumerate()]))
+    byol.main(argv)
+    return seen
+
+
+def test_no_thread_begins_beside_a_fork(small):
+    """tqdm's monitor does not run: a worker that is forked while a thread begins can wait for ever
+    (CPython 3.11: for the lock of the list of threads)."""
+    argv = [*small, "--workers", "2", "--max-steps", "1"]
+    (seen,) = run_ranks(1, _threads_at_forks, argv)
+    assert len(seen) >= 2 and not any("tqdm" in name for names in seen for name in names), seen
 
 
 # --- no false success

@@ -26,6 +26,7 @@ SHARED = """rho timespan backbone frames stride short_side size augment crop_are
     epochs batch_size optimizer lr warmup weight_decay knn_every sync_bn projector
     projector_bn""".split()
 BOUNDS = {  # lines, syntax nodes, nodes on a line of code: bounds, not what the files have
+    "common": (1150, 6800, 7.8),
     "simclr": (180, 925, 7.8),
     "moco": (180, 925, 7.8),
     "byol": (180, 925, 7.8),

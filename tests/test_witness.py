@@ -204,7 +204,7 @@ def test_short_sides_in_training_and_testing(script, argv, monkeypatch):
     sides, opens = {}, common.VideoClips.open
 
     def noted(self, index, short_side):
-        part = self.path(index).split("/")[-3]
+        part = self.paths[index].split("/")[-3]
         sides.setdefault(part, []).append(short_side)
         return opens(self, index, short_side)
 
