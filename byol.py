@@ -33,20 +33,20 @@ from common import arg
 @dataclass
 class Config(common.Config):
     rho: int = arg(2, "clips per video, at different times (1: one clip, augmented twice)")
-    timespan: float = arg(math.inf, "most seconds from a video's first clip start to its last")
+    timespan: float = arg(math.inf, "all clips of a video start within this many seconds")
     backbone: str = arg("slow_r50", "the network", choices=common.BACKBONES)
     frames: int = arg(8, "frames per clip")
     stride: int = arg(8, "temporal stride, in frames at 30 fps")
     short_side: tuple[int, int] = arg((256, 256), "range of the resized short side, in pixels")
     size: int = arg(224, "crop size in pixels")
-    augment: str = arg("crop,flip,jitter,gray,blur", "also rotate,cutout,noise,sobel; or none")
+    augment: str = arg("crop,flip,jitter,gray,blur", "of these, rotate,cutout,noise,sobel; or none")
     crop_area: tuple[float, float] = arg((0.2, 0.766), "min and max crop area / frame area")
     color_strength: float = arg(0.75, "strength of the color jitter")
     epochs: int = arg(200, "passes over the videos")
     batch_size: int = arg(64, "global batch size, in videos")
     optimizer: str = arg("lars", "the optimizer", choices=common.OPTIMIZERS)
-    lr: float = arg(0.6, "base learning rate per 128 views of a step; half a cosine to 0")
-    warmup: float = arg(0.175, "share of the run: linear warm-up to the half cosine's value there")
+    lr: float = arg(0.6, "base learning rate per 128 views of the global batch; half a cosine")
+    warmup: float = arg(0.175, "linear warm-up, as a share of the run, to the cosine's value then")
     weight_decay: float = arg(1e-6, "weight decay, of all parameters but BN's")
     knn_every: int = arg(0, "run the kNN evaluation every N epochs (0: never)")
     sync_bn: bool = arg(True, "on GPUs: BN statistics over all ranks")
@@ -54,7 +54,7 @@ class Config(common.Config):
     projector_bn: bool = arg(True, "BN after the projector's hidden layers")
     predictor: tuple[int, ...] = arg((4096, 256), "layer widths of the predictor, with BN")
     target_momentum: float = arg(0.996, "initial EMA momentum of the target network")
-    target_momentum_end: float = arg(1.0, "final EMA momentum (as the initial one: constant)")
+    target_momentum_end: float = arg(1.0, "final EMA momentum (equal to the initial one: constant)")
 
 
 # defaults if --data is missing or --small is given: they learn in minutes on a CPU

@@ -828,11 +828,11 @@ def make_optimizer(model, cfg):
 def learning_rate(cfg, progress):
     """Half a cosine, or tenths by cfg.lr_steps, under linear warm-up (released lr_policy.py:9)."""
     lr = cfg.lr * cfg.batch_size / 64 * max(1, cfg.num_views / 2)  # 64 videos of 2 views (eval: 1)
-    after = max(progress, cfg.warmup)
+    later = max(progress, cfg.warmup)  # the warm-up rises to the value at its end
     if steps := getattr(cfg, "lr_steps", ()):
-        lr *= 0.1 ** sum(after >= step for step in steps)
+        lr *= 0.1 ** sum(later >= step for step in steps)
     else:
-        lr *= 0.5 * (1 + math.cos(math.pi * after))
+        lr *= 0.5 * (1 + math.cos(math.pi * later))
     if progress < cfg.warmup:
         lr *= 0.001 + 0.999 * progress / cfg.warmup
     return lr
@@ -1011,7 +1011,7 @@ class Run:
         return batch
 
     def record(self, loss, features, **numbers):
-        """Note the step's loss, features (B, V, D) and any numbers for the log."""
+        """Note the loss, features (B, V, D) and numbers; the log has the last step's, of rank 0."""
         self.losses.append(loss.detach())
         self.features, self.numbers = features.detach(), numbers
 
@@ -1020,7 +1020,7 @@ class Run:
         self.count(self.step + 1)
         epochs, rest = divmod(self.step, self.steps_per_epoch)
         if rest == 0 and world_size() > 1:
-            for buffer in self.model.buffers():  # BN's running statistics: those of rank 0
+            for buffer in self.model.buffers():  # BN's running statistics become those of rank 0
                 dist.broadcast(buffer, 0)
         stop = gather(torch.tensor([int(self.stop_asked)])).sum().item() > 0  # all on the CPU
         last = stop or self.step == self.last
@@ -1142,7 +1142,7 @@ class Run:
             lower = name == "lr" and now < was and (self.out / "diverged").exists()
             if was == now or name in FREE or lower:
                 continue
-            if not name.endswith(".py"):
+            if not name.endswith(".py"):  # which would be the hash of a file
                 flag = f"--{name.replace('_', '-')} {was}, not {now}"
                 fail(f"{self.out}/last.pth was made with {flag}; choose another --out")
             if finished:

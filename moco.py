@@ -32,20 +32,20 @@ from common import arg
 @dataclass
 class Config(common.Config):
     rho: int = arg(2, "clips per video, at different times (1: one clip, augmented twice)")
-    timespan: float = arg(math.inf, "most seconds from a video's first clip start to its last")
+    timespan: float = arg(math.inf, "all clips of a video start within this many seconds")
     backbone: str = arg("slow_r50", "the network", choices=common.BACKBONES)
     frames: int = arg(8, "frames per clip")
     stride: int = arg(8, "temporal stride, in frames at 30 fps")
     short_side: tuple[int, int] = arg((256, 256), "range of the resized short side, in pixels")
     size: int = arg(224, "crop size in pixels")
-    augment: str = arg("crop,flip,jitter,gray,blur", "also rotate,cutout,noise,sobel; or none")
+    augment: str = arg("crop,flip,jitter,gray,blur", "of these, rotate,cutout,noise,sobel; or none")
     crop_area: tuple[float, float] = arg((0.2, 0.766), "min and max crop area / frame area")
     color_strength: float = arg(0.75, "strength of the color jitter")
     epochs: int = arg(200, "passes over the videos")
     batch_size: int = arg(64, "global batch size, in videos")
     optimizer: str = arg("sgd", "the optimizer", choices=common.OPTIMIZERS)
-    lr: float = arg(0.05, "base learning rate per 128 views of a step; half a cosine to 0")
-    warmup: float = arg(0.175, "share of the run: linear warm-up to the half cosine's value there")
+    lr: float = arg(0.05, "base learning rate per 128 views of the global batch; half a cosine")
+    warmup: float = arg(0.175, "linear warm-up, as a share of the run, to the cosine's value then")
     weight_decay: float = arg(1e-4, "weight decay, of all parameters but BN's")
     knn_every: int = arg(0, "run the kNN evaluation every N epochs (0: never)")
     sync_bn: bool = arg(False, "on GPUs: BN statistics over all ranks")
@@ -53,7 +53,7 @@ class Config(common.Config):
     projector_bn: bool = arg(False, "BN after the projector's hidden layers")
     temperature: float = arg(0.1, "softmax temperature")
     target_momentum: float = arg(0.994, "initial EMA momentum of the target network")
-    target_momentum_end: float = arg(1.0, "final EMA momentum (as the initial one: constant)")
+    target_momentum_end: float = arg(1.0, "final EMA momentum (equal to the initial one: constant)")
     queue: int = arg(65536, "queue length, in keys")
 
 
@@ -142,7 +142,7 @@ def enqueue(model, keys):
     keys = keys.flatten(0, 1)
     K = len(model.queue)
     places = (model.enqueued + torch.arange(len(keys), device=keys.device)) % K
-    model.queue[places[-K:]] = keys[-K:]  # not more than fit
+    model.queue[places[-K:]] = keys[-K:]  # at most the last K
     model.enqueued += len(keys)
 
 
