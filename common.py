@@ -78,7 +78,7 @@ DEMO |= dict(augment="crop,flip,gray", epochs=40, batch_size=40, knn_every=10)
 DEMO |= dict(optimizer="adamw", warmup=0.075, weight_decay=1e-4)
 
 VERSIONS = ", ".join(f"{m.__name__} {m.__version__}" for m in (torch, torchvision, av, np))
-EXAMPLES = """examples:
+EXAMPLES = """examples (eval_linear.py needs --weights, too):
   python %(prog)s                             the demo, with its own defaults (DEMO in the file)
   python %(prog)s --data my/videos --small    the same settings on your own videos
 """
@@ -208,8 +208,7 @@ class Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """(B, ...) of each rank -> (W * B, ...) on every rank. With a gradient: if all compute the same
-    loss from it, the mean over ranks, which DDP takes, is the gradient of the joint batch."""
+    """(B, ...) of each rank -> (W * B, ...); exact gradients if all compute the same loss of it."""
     return Gather.apply(x.contiguous()) if world_size() > 1 else x
 
 
@@ -462,7 +461,7 @@ class VideoClips(Dataset):
         self.color_on_device = device().type == "cuda"  # a worker must not ask
         paths, labels = videos or list_videos(find_data(cfg), "train")
         if not paths:
-            fail(f"no videos in {cfg.data} (looked for {' '.join(SUFFIXES)})")
+            fail(f"no training videos in {cfg.data} (rows train, {' '.join(SUFFIXES)})")
         self.classes = classes or sorted(set(labels) - {""})
         numbers = {label: number for number, label in enumerate(self.classes)}
         self.labels = np.array([numbers.get(label, -1) for label in labels])  # (n,)
@@ -529,7 +528,8 @@ def fit_to_videos(cfg, n):
             cfg.epochs = math.ceil(400 / max(1, n // cfg.batch_size))
         print_main(f"for {n} videos: --batch-size {cfg.batch_size} --epochs {cfg.epochs}")
     if cfg.batch_size % ranks or not 2 * ranks <= cfg.batch_size <= n:
-        fail(f"--batch-size {cfg.batch_size}: a multiple of {ranks}, {2 * ranks} to all {n} videos")
+        bounds = f"a multiple of {ranks}, from {2 * ranks} to all {n} videos (--small chooses one)"
+        fail(f"--batch-size {cfg.batch_size} must be {bounds}")
 
 
 class TrainSampler:
@@ -742,8 +742,9 @@ def read_file(path):
     """What torch.save wrote, on the CPU, without running code in it; ValueError if unreadable."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch has no common class for what a damaged file raises
-        raise ValueError(f"cannot read {path}: " + str(error).split("\n")[0]) from None
+    except Exception as error:  # there is no common class for what a damaged file raises
+        reason = getattr(error, "strerror", "no checkpoint, or damaged")
+        raise ValueError(f"cannot read {path}: {reason}") from None
 
 
 def write_file(path, save):
@@ -884,7 +885,7 @@ def extract_features(network, test_clips, allow_missing=False, indices=None):
     how = {"num_workers": test_clips.dataset.cfg.workers, "worker_init_fn": worker_init}
     loader = DataLoader(test_clips, batch_size=None, sampler=mine, **how)
     outputs = {}
-    for item in tqdm(loader, "videos", disable=rank() > 0 or None):
+    for item in tqdm(loader, "videos", leave=False, disable=rank() > 0 or None):
         if reason := item["bad"]:
             if not allow_missing:
                 fail(f"{reason}; --allow-missing leaves such videos out")
@@ -1091,10 +1092,9 @@ class Run:
         clips = TestClips(self.dataset, 2)
         features, indices = extract_features(network.eval(), clips, True, self.labelled)
         network.train()
-        features, labels = features.mean(1), torch.from_numpy(self.dataset.labels)[indices]
+        z, labels = features.mean(1), torch.from_numpy(self.dataset.labels)[indices]  # (n, D), (n,)
         query = torch.arange(len(indices)) % 5 == 0
-        bank = features[~query], labels[~query]
-        return round(knn_accuracy(*bank, features[query], labels[query]), 2)
+        return round(knn_accuracy(z[~query], labels[~query], z[query], labels[query]), 2)
 
     def settings(self):
         """What must be the same when a run goes on: {name: value}."""

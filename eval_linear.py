@@ -39,6 +39,7 @@ class Evaluation(common.Config):  # the flags that finetune.py has too
     rho = 1
     timespan = None
     num_views = 1
+    sync_bn = False
     short_side = (math.inf, math.inf)  # fill_settings derives it from the size
 
     weights: str = arg("", "pre-trained backbone or a run's folder; none: from scratch")
@@ -57,10 +58,8 @@ class Evaluation(common.Config):  # the flags that finetune.py has too
 
 @dataclass
 class Config(Evaluation):
-    sync_bn = False
-
     weights: str = arg("", "pre-trained backbone, a run's folder, or `random` (required)")
-    extract: str = arg("", "NPZ file: write features, labels and paths of --data there, and stop")
+    extract: str = arg("", "NPZ file: write features of the training videos there, and stop")
     neighbours: str = arg("", "PNG file: a picture of six test videos and the nearest in training")
     cached: bool = arg(False, "train and test the classifier on features that are extracted once")
     cached_clips: int = arg(4, "clips per video, one crop each, for kNN and --cached")
@@ -171,7 +170,7 @@ def test_set(cfg, dataset):
     if not paths and source:  # it has no splits
         paths, labels = common.list_videos(source)
     if not paths:
-        common.fail("no test videos: give --val, or --data with train/ and val/")
+        common.fail("no test videos: give --val, or --data with train/ and val/ (csv: rows val)")
     if unknown := set(labels) - set(dataset.classes) - {""}:
         common.fail(f"--val has a class that the training videos lack: {min(unknown)}")
     test = common.VideoClips(cfg, None, videos=(paths, labels), classes=dataset.classes)
@@ -232,7 +231,8 @@ def write_neighbours(path, bank, queries, side=160):
             with contextlib.closing(source.open(index, side)) as reader:
                 frames = torch.from_numpy(reader.read([reader.duration / 2]))  # (1, H, W, 3)
             square = common.cut_squares(frames[None], side, 1)[0, :, 0]  # (3, side, side)
-            name = ascii(os.path.basename(source.paths[index]))[1:27]
+            label = source.classes[source.labels[index]]
+            name = ascii(f"{label}: {os.path.basename(source.paths[index])}")[1:-1][:26]
             cell = F.pad(square, (0, 0, 0, 14))
             cells.append(torchvision.utils.draw_bounding_boxes(cell, corner, [name], "white") / 255)
     grid = torchvision.utils.make_grid(cells, nrow=len(shown), padding=0)
@@ -308,10 +308,9 @@ class Probe(nn.Module):
         return scores.softmax(-1).mean(0)
 
 
-def assert_frozen(backbone, before):
-    """No tensor of the backbone has moved."""
-    for name, tensor in backbone.state_dict().items():
-        assert torch.equal(tensor, before[name]), f"{name} is not as in --weights"
+def moved(backbone, before):  # -> names of tensors
+    state = backbone.state_dict()
+    return [name for name in state if not torch.equal(state[name], before[name])]
 
 
 def cached_probe(cfg, train, labels, test, classes):
@@ -344,7 +343,8 @@ def probe_on_clips(cfg, dataset, model):
     network = common.wrap_ddp(model, cfg)
     optimizer = common.make_optimizer(model, cfg)
     run = common.Run(cfg, dataset, model, optimizer, chance=math.log(len(dataset.classes)))
-    assert_frozen(model.encoder.backbone, before)  # a resumed run has the weights of --weights
+    if moved(model.encoder.backbone, before):  # by a resume
+        common.fail(f"{cfg.weights} is not what {cfg.out} began with; choose another --out")
     for batch in run.batches():
         with common.autocast():
             features, scores = network(batch["clips"])  # (B, 1, D), (B, classes), float32
@@ -353,7 +353,7 @@ def probe_on_clips(cfg, dataset, model):
         loss.backward()
         optimizer.step()
         run.record(loss, features=features)
-    assert_frozen(model.encoder.backbone, before)
+    assert not moved(model.encoder.backbone, before), "the backbone was trained"
     return run.finished
 
 
@@ -376,7 +376,7 @@ def main(argv=None):
     if cfg.extract:
         features, labels, indices = extract(cfg, backbone, dataset)
         rows = {"features": features.mean(1).numpy(), "labels": labels.numpy()}
-        rows["paths"] = dataset.paths[indices]
+        rows |= {"paths": dataset.paths[indices], "classes": dataset.classes}
         common.write_file(cfg.extract, lambda file: np.savez(file, **rows))
         common.print_main(f"{cfg.extract}: features of {len(indices)} of {len(dataset)} videos")
         return

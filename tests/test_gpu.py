@@ -285,7 +285,7 @@ def test_evaluation_on_a_gpu(gpu, monkeypatch):
 def test_the_probe_on_a_gpu(gpu, folder, tmp_path, monkeypatch):
     """The linear probe's step on clips, as the methods' steps."""
     monkeypatch.setattr(eval_linear, "copy", mock.Mock())  # fake weights cannot be compared
-    monkeypatch.setattr(eval_linear, "assert_frozen", mock.Mock())
+    monkeypatch.setattr(eval_linear, "moved", lambda *_: [])
     cfg = arguments(eval_linear, data=str(folder), out=str(tmp_path / "out"), backbone="tiny")
     cfg.size, cfg.batch_size, cfg.workers, cfg.sync_bn = 16, 6, 0, False
     eval_linear.fill_settings(cfg)

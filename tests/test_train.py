@@ -594,7 +594,7 @@ def test_warnings(features, loss, warmup, said, small, tmp_path, monkeypatch, ca
         assert max(stds) < 1e-3
 
 
-@pytest.mark.parametrize("read_seconds, step_seconds, said", [(0.02, 0.0, 1), (0.0, 0.2, 0)])
+@pytest.mark.parametrize("read_seconds, step_seconds, said", [(0.02, 0.0, 1), (0.0, 0.6, 0)])
 def test_waiting_for_data(read_seconds, step_seconds, said, small, monkeypatch, capfd):
     """Slow reading is said once; slow steps are not."""
     opens = common.VideoClips.open
