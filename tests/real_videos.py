@@ -116,8 +116,9 @@ def cross_validate(labels, folds, accuracy):
     return [round(right / len(labels), 2), percents]
 
 
-def network_accuracies(argv, labels, folds):
-    """Those of the linear classifier and of kNN, as in eval_linear.py with the flags argv."""
+def network_accuracies(argv, labels, folds, groups):
+    """Those of the linear classifier and of kNN, as in eval_linear.py with the flags argv; and the
+    percent of videos whose nearest other video is of the same group."""
     cfg = common.parse_args(eval_linear.Config, eval_linear.DEMO, argv)
     eval_linear.fill_settings(cfg)
     torch.manual_seed(cfg.seed)
@@ -137,8 +138,12 @@ def network_accuracies(argv, labels, folds):
     def knn(train, test):
         return common.knn_accuracy(means[train], labels[train], means[test], labels[test])
 
+    unit = torch.nn.functional.normalize(means)
+    nearest = (unit @ unit.T).fill_diagonal_(-1).argmax(1)
     found = {"linear": cross_validate(labels, folds, linear)}
-    return found | {"knn": cross_validate(labels, folds, knn)}
+    found |= {"knn": cross_validate(labels, folds, knn)}
+    same = groups[nearest.numpy()] == groups
+    return found | {"same_group": round(100 * float(same.mean()), 2)}
 
 
 def trivial_accuracies(paths, labels, folds):
@@ -189,7 +194,7 @@ def write(run, **numbers):
 
 def measure(job):
     """Do one run, in the folder that the lists lie in."""
-    run, work, paths, labels, folds = job
+    run, work, paths, labels, folds, groups = job
     os.chdir(work)
     torch.set_num_threads(1)
     if run["method"] == "trivial":
@@ -211,7 +216,7 @@ def measure(job):
         more = {key: last[key] for key in LAST}
         more["command"] = shlex.join(["python", *words])
     argv = ["--weights", weights, *flags, "--out", f"out/eval-{name}"]
-    found = network_accuracies(argv, labels, folds)
+    found = network_accuracies(argv, labels, folds, groups)
     write(run, stride=stride, **found, **more)
 
 
@@ -237,6 +242,7 @@ def main(argv=None):
         names = sorted({row["label"] for row in rows})
         labels = np.array([names.index(row["label"]) for row in rows])
         folds = np.array([int(row["fold"]) for row in rows])
+        groups = np.array([row["group"] for row in rows])
         runs = [("trivial", 0, 0, ""), *[("random", 0, seed, "") for seed in args.seeds]]
         for seed, *rest in itertools.product(args.seeds, args.methods, args.rhos, args.augments):
             method, rho, augment = rest
@@ -244,7 +250,7 @@ def main(argv=None):
         for values in runs:
             run = dict(zip(KEY, (name, *values), strict=True))
             if not finished(run):
-                jobs.append((run, args.work, paths, labels, folds))
+                jobs.append((run, args.work, paths, labels, folds, groups))
     with ProcessPoolExecutor(args.jobs) as pool:
         for _ in pool.map(measure, jobs):
             pass
