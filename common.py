@@ -117,8 +117,7 @@ def fail(message, code=2):
     """End with one line on stderr. Rank 0 speaks; another rank only if rank 0 has not failed."""
     if rank() > 0:
         time.sleep(5)  # by then torchrun has ended this process if rank 0 failed too
-    line = " ".join(str(message).split())
-    print(f"{Path(sys.argv[0]).name}: error: {line}", file=sys.stderr, flush=True)
+    print(f"{Path(sys.argv[0]).name}: error:", *str(message).split(), file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -137,7 +136,6 @@ def init_distributed(cfg):
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # until training, which saves first
     torch.manual_seed(cfg.seed)
     torch.backends.cudnn.benchmark = True
-    tqdm.monitor_interval = 0  # a worker hangs that is forked while its thread begins (Python 3.11)
     affinity = getattr(os, "sched_getaffinity", None)  # absent on macOS
     cores = len(affinity(0)) if affinity else os.cpu_count()
     cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -155,6 +153,7 @@ def init_distributed(cfg):
     torch.set_num_threads(max(1, min(torch.get_num_threads(), threads)))
     if world_size() > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        os.register_at_fork(before=lambda: time.sleep(0.1))  # else gloo may hold a lock of Python's
     try:
         os.makedirs(cfg.out, exist_ok=True)
         tempfile.TemporaryFile(dir=cfg.out).close()  # fails if the folder cannot be written to
@@ -328,9 +327,8 @@ class VideoReader(contextlib.AbstractContextManager):
                 pictures[i] = frame.to_ndarray()
         if self._sure != was_sure:  # a wanted frame may have been skipped
             return self.read(times)
-        if abs(self._first.rotation) > 360:  # the matrix is damaged
-            return pictures
-        return np.rot90(pictures, round(self._first.rotation / 90), axes=(1, 2))
+        turns = round(self._first.rotation / 90) if abs(self._first.rotation) <= 360 else 0
+        return np.ascontiguousarray(np.rot90(pictures, turns, (1, 2)))  # as torch takes it
 
     def _seek(self, limit):
         """Go on from a key frame at or before a limit, if one lies after the coming frame."""
@@ -422,9 +420,9 @@ def list_videos(source, split=None):
     folder, name = os.path.split(source)
     if os.path.isdir(source):
         folder = source
-        found = sorted(glob.iglob("**/*", root_dir=source, recursive=True))
-        videos = [path for path in found if path.lower().endswith(SUFFIXES)]
-        rows = [{"path": path, "label": os.path.dirname(path)} for path in videos]
+        files = sorted(glob.iglob("**/*", root_dir=source, recursive=True))
+        videos = (file for file in files if file.lower().endswith(SUFFIXES))
+        rows = [{"path": video, "label": os.path.dirname(video)} for video in videos]
     elif name.lower().endswith(SUFFIXES):
         rows = [{"path": name}]
     else:

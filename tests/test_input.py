@@ -574,3 +574,24 @@ def test_no_labels_no_knn(folder, argv, tmp_path):
     flags = ["--data", str(tmp_path / "list.txt"), "--knn-every", "1"]
     byol.main([*argv(byol), *flags])
     assert "knn_top1" not in log_of(tmp_path / "out")[-1]
+
+
+# --- videos of a phone
+
+
+def test_turned_videos(argv, tmp_path, capfd):
+    """Files that a player turns by 90, 180 or 270 degrees train, are tested and read by load_clip;
+    what is fed is upright."""
+    for i, turn in enumerate([0, 90, 180, 270] * 3):
+        path = tmp_path / f"turned/{'ab'[i % 2]}/{i}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        make_video(path, n=30, size=(64, 48), rotation=turn)
+    flags = ["--data", str(tmp_path / "turned"), "--workers", "0"]
+    byol.main([*argv(byol), *flags, "--max-steps", "1"])
+    eval_linear.main([*argv(eval_linear), *flags, "--val", flags[1], "--out", str(tmp_path / "e")])
+    assert "(12 videos, 2 classes" in capfd.readouterr().out
+    _, cfg = common.load_backbone(tmp_path / "out")
+    clips = [common.load_clip(tmp_path / f"turned/{'ab'[i % 2]}/{i}.mp4", cfg) for i in range(4)]
+    for clip in clips[1:]:
+        assert (clip - clips[0]).abs().mean() < 0.1
+        assert (clip.flip(-1) - clips[0]).abs().mean() > 0.3
