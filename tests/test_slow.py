@@ -159,20 +159,14 @@ def test_signals_to_real_commands(number, ranks, folder, tmp_path):
 
 
 def usage(pids):
-    """Of these processes: MiB of their own (anonymous and shared memory, what several of them hold
-    counted once), open file handles, seconds of CPU time."""
+    """Of these processes: MiB of anonymous and shared memory (what several of them hold counted for
+    each: that a page is no longer shared is no growth), open file handles, seconds of CPU time."""
     memory = handles = ticks = 0
     for pid in pids:
         place = Path(f"/proc/{pid}")
-        lines = (place / "smaps_rollup").read_text().splitlines()
-        memory += (
-            sum(
-                int(line.split()[1])
-                for line in lines
-                if line.startswith(("Pss_Anon:", "Pss_Shmem:"))
-            )
-            / 1024
-        )
+        for line in (place / "status").read_text().splitlines():
+            if line.startswith(("RssAnon:", "RssShmem:")):
+                memory += int(line.split()[1]) / 1024
         handles += len(os.listdir(place / "fd"))
         ticks += sum(map(int, (place / "stat").read_text().rpartition(")")[2].split()[11:13]))
     return memory, handles, ticks / os.sysconf("SC_CLK_TCK")
