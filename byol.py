@@ -110,7 +110,7 @@ def target_momentum(start, end, progress):
 
 @torch.no_grad()
 def update_target(target, encoder, momentum):
-    """target <- momentum * target + (1 - momentum) * encoder; its BN statistics are its own."""
+    """target <- momentum * target + (1 - momentum) * encoder; BN has its own statistics."""
     for slow, fast in zip(target.parameters(), encoder.parameters(), strict=True):
         slow.lerp_(fast, 1 - momentum)
 

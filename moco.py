@@ -131,7 +131,7 @@ def target_momentum(start, end, progress):
 
 @torch.no_grad()
 def update_target(target, encoder, momentum):
-    """target <- momentum * target + (1 - momentum) * encoder; its BN statistics are its own."""
+    """target <- momentum * target + (1 - momentum) * encoder; BN has its own statistics."""
     for slow, fast in zip(target.parameters(), encoder.parameters(), strict=True):
         slow.lerp_(fast, 1 - momentum)
 
@@ -158,7 +158,7 @@ def main(argv=None):
     model = MoCo(cfg).to(common.device())
     network = common.wrap_ddp(model, cfg)
     optimizer = common.make_optimizer(model, cfg)
-    chance = math.log(cfg.queue + 1)  # all keys alike, once the queue is full; 0 at first
+    chance = math.log(cfg.queue + 1)  # equal keys, a full queue; while it fills: log(filled + 1)
     run = common.Run(cfg, dataset, model, optimizer, chance)
     if cfg.queue > cfg.num_views * len(dataset):
         common.print_main("WARN the queue will hold a video's own old keys; use a smaller --queue")
