@@ -37,7 +37,7 @@ class Config(common.Config):
     stride: int = arg(8, "temporal stride, in frames at 30 fps")
     short_side: tuple[int, int] = arg((224, 224), "range of the resized short side, in pixels")
     size: int = arg(224, "crop size in pixels")
-    augment: str = arg("crop,flip,jitter,gray,blur", "of these, rotate,cutout,noise,sobel; or none")
+    augment: str = arg("crop,flip,jitter,gray,blur", "a list; also rotate,cutout,noise,sobel; none")
     crop_area: tuple[float, float] = arg((0.2, 0.766), "min and max crop area / frame area")
     color_strength: float = arg(0.75, "strength of the color jitter")
     epochs: int = arg(200, "passes over the videos")
