@@ -6,6 +6,7 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
+from unittest import mock
 from types import SimpleNamespace
 
 import numpy as np
@@ -632,6 +633,22 @@ def test_frame_precision_is_over_all_frames():
 
 
 AVA = "--size 32 --epochs 20 --dropout 0 --batch-size 6 --lr 0.06".split()
+
+
+def test_ava_counts_the_best_precision(monkeypatch):
+    """At each recall the best precision of this recall or more: by falling score a wrong box, then
+    two right ones are (2/3 + 2/3) / 2, and not (1/2 + 2/3) / 2."""
+    boxes = np.array([[0.0, 0.0, 0.1, 0.1], [0.2, 0.2, 0.4, 0.4], [0.6, 0.6, 0.9, 0.9]])
+    labels = np.zeros((2, 80), bool)
+    labels[:, 11] = True
+    views = mock.Mock()
+    views.dataset.notes = [(902, boxes, boxes[1:], labels)]
+    scores = torch.zeros(1, 3, 80)
+    scores[0, :, 11] = torch.tensor([0.9, 0.8, 0.7])
+    monkeypatch.setattr(common, "extract_features", lambda *_: (scores, torch.tensor([0])))
+    monkeypatch.setattr(finetune, "ava_classes", lambda _: {11: "stand"})
+    result, frames, classes = finetune.test_ava(mock.Mock(), None, views)
+    assert (result["map"], frames, classes) == (66.67, 1, 1)
 
 
 def test_ava_end_to_end(ava, argv):
