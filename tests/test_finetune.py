@@ -6,8 +6,8 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
-from unittest import mock
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
