@@ -222,13 +222,15 @@ def test_docstrings_have_the_papers_numbers(i, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_what_the_readme_says_of_rho(method):
     """In the committed results rho 2 is above rho 1 and random weights in every seed; rho 4 is
-    above rho 2, seed by seed; at rho 4's compute rho 2 is above it but in SimCLR."""
+    above rho 2, seed by seed; at rho 4's compute rho 2 is as good, in the mean."""
     linear = cells("linear_top1")
     assert min(linear[method, 2]) > max(linear[method, 1] + seeds("random-seed?", "linear_top1"))
     gains = [four - two for two, four in zip(linear[method, 2], linear[method, 4], strict=True)]
     assert min(gains) > 0
-    longer = seeds(f"{method}-rho2-80epochs-seed0", "linear_top1")[0]
-    assert (longer > linear[method, 4][0]) == (method != "simclr")
+    longer = seeds(f"{method}-rho2-80epochs-seed?", "linear_top1")
+    assert len(longer) == 3
+    ahead = sum(longer) / 3 - sum(linear[method, 4]) / 3
+    assert round(ahead, 1) == -0.3 if method == "simclr" else 0.4 < ahead < 3.25
 
 
 @pytest.mark.parametrize("kind, low, high", [("linear", 0.5, 0.8), ("knn", -1.5, -0.7)])
