@@ -207,7 +207,8 @@ class Gather(torch.autograd.Function):
 
 
 def gather(x):
-    """(B, ...) of each rank -> (W * B, ...); exact gradients if all compute the same loss of it."""
+    """(B, ...) of each rank -> (W * B, ...) on every rank. With a gradient: if all compute the same
+    loss from it, the mean over ranks, which DDP takes, is the gradient of the joint batch."""
     return Gather.apply(x.contiguous()) if world_size() > 1 else x
 
 
@@ -335,7 +336,8 @@ class VideoReader(contextlib.AbstractContextManager):
         if self._container.format.name == "mpeg" or self._coming is None:
             return  # an mpg file has too few time stamps to know where a seek has led
         index = self._stream.index_entries
-        i = index.search_timestamp(int(limit - self._second / 10))  # else a guess:
+        i = index.search_timestamp(int(limit - self._second / 10))
+        # a guess where the index, if any, ends before
         key_frame = index[i].timestamp if 0 <= i < len(index) - 1 else limit - 2 * self._second
         if key_frame <= self._coming.pts:
             return
@@ -517,7 +519,8 @@ class VideoClips(Dataset):
 
 
 def fit_to_videos(cfg, n):
-    """With --small, batches of up to a quarter of the n videos and 400 steps, unless given."""
+    """With --small, batch size and epochs, unless given: a step takes at most a quarter of the n
+    videos, a run at least 400 steps. Ends the process if there can be no batch."""
     ranks = world_size()
     if cfg.small:
         if "batch_size" not in cfg.given:
@@ -531,7 +534,8 @@ def fit_to_videos(cfg, n):
 
 
 class TrainSampler:
-    """Batches of (epoch, index) of steps first to last - 1: of each, rank r has the r-th slice."""
+    """Batches of (epoch, index) for this rank: steps `first` to `last` - 1. Each epoch has its own
+    order of the n videos and drops the rest; rank r takes the contiguous slice r of a batch."""
 
     def __init__(self, cfg, n, first, last):
         self.cfg, self.n, self.steps = cfg, n, range(first, last)
@@ -1066,11 +1070,7 @@ class Run:
         trained = cfg.num_views > 1 and self.step > cfg.warmup * self.total
         same = cfg.rho > 1 and line["clip_distance"] == 0
         for wrong, lines, what in (
-            (
-                trained and line["feature_std"] < 0.2,
-                3,
-                "collapsed: the same features for all videos",
-            ),
+            (trained and line["feature_std"] < 0.2, 3, "collapsed: all features are equal"),
             (trained and line["loss"] > 0.98 * self.chance, 15, "the loss stays at chance"),
             (line["data_wait"] > 0.3, 3, "waiting for data: more --workers or smaller videos help"),
             (same, 3, "the clips of a video start at the same time: a smaller --stride helps"),
