@@ -308,7 +308,7 @@ class AVA(Annotated):
         clip, boxes = self.color(clip * (1 / 255), boxes)
         clip = (clip - common.MEAN) / common.STD  # (T, 3, S, S)
         return {
-            "clips": clip.transpose(0, 1)[None],
+            "clips": clip.transpose(0, 1)[None],  # (1, 3, T, S, S)
             "boxes": boxes,
             "target": self.target(index),
             "index": index,

@@ -269,12 +269,10 @@ def test_what_is_said_of_tennis7():
 
 def real_means(name, method, key):
     """{rho: the mean over three seeds} of a set."""
+    three, _ = AUGMENTS
     found = {}
     for line in log("real-videos"):
-        if (line["set"], line["method"]) == (name, method) and line["augment"] in (
-            "",
-            next(iter(AUGMENTS)),
-        ):
+        if (line["set"], line["method"]) == (name, method) and line["augment"] in ("", three):
             value = line[key] if key == "same_group" else line[key][0]
             found.setdefault(line["rho"], []).append(value)
     assert {len(values) for values in found.values()} == {3}
