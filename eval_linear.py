@@ -4,7 +4,7 @@ Measures Test videos that kNN and a linear classifier on the backbone's features
 Protocol Feichtenhofer et al., 2021 (arXiv 2104.14558), section 4: the classifier is trained on one
          random clip per video and epoch, cropped and flipped, and tested on 10 clips x 3 crops,
          whose softmax is averaged. --cached: on features of a few clips, extracted once.
-kNN      k = 20, cosine similarity s of features averaged over views, votes exp(s / 0.07).
+kNN      k = 20 (here), cosine similarity s of features averaged over views, votes exp(s / 0.07).
 Differs  BN is in eval (released code: in training mode), so that the whole backbone is frozen.
 Recipe   python eval_linear.py --weights out/byol-demo-rho2
          torchrun --nproc_per_node=8 eval_linear.py --weights backbone.pth --data kinetics

@@ -170,9 +170,10 @@ def main(argv=None):
     optimizer = common.make_optimizer(model, cfg)
     chance = math.log(cfg.prototypes)  # all prototypes alike
     run = common.Run(cfg, dataset, model, optimizer, chance)
-    if cfg.prototypes > cfg.batch_size and cfg.freeze_prototypes < cfg.epochs:
-        words = f"{cfg.prototypes} prototypes learn from {cfg.batch_size} videos a step"
-        common.print_main(f"WARN {words}: fewer --prototypes or a larger --batch-size may help")
+    balanced = cfg.batch_size + cfg.feature_queue  # features of a view that codes are balanced over
+    if cfg.prototypes > balanced and cfg.freeze_prototypes < cfg.epochs:
+        words = f"{cfg.prototypes} prototypes share {balanced} features a view"
+        common.print_main(f"WARN {words}: a larger --batch-size or --feature-queue may help")
     for batch in run.batches():  # sets the lr, logs, saves, resumes; ends at a NaN in the log
         with common.autocast():
             z, scores = network(batch["clips"])  # (B, V, D), (B, V, K), float32

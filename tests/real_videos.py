@@ -43,7 +43,7 @@ from bench import cpu_name  # noqa: E402
 
 RESULTS = ROOT / "tests" / "results" / "real-videos.jsonl"
 THREE = "crop,flip,gray"  # the demo's
-FIVE = "crop,flip,jitter,gray,blur"  # the paper's
+FIVE = "crop,flip,jitter,gray,blur"  # the paper's, at the released strength
 KEY = ["set", "method", "rho", "seed", "augment"]  # what makes a run
 LAST = ["step", "loss", "chance", "feature_std", "clip_distance"]  # of the last line of its log
 

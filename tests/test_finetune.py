@@ -367,7 +367,7 @@ def test_settings_of_a_data_set_and_flags_that_win():
         assert (cfg.weight_decay, cfg.sync_bn) == (0.0, True)
     cfg = parsed("--data x --dataset kinetics")
     assert (cfg.lr, cfg.epochs, cfg.lr_steps, cfg.warmup) == (0.1, 196, (), 34 / 196)
-    assert (cfg.weight_decay, cfg.dropout) == (1e-4, 0.5)
+    assert (cfg.weight_decay, cfg.dropout, cfg.sync_bn) == (1e-4, 0.5, False)
     assert parsed("--data x --dataset ucf101 --lr-steps 0").lr_steps == ()
     cfg = parsed("--data x --dataset ssv2 --small")
     assert (cfg.epochs, cfg.augment) == (40, "crop")  # left and right are classes

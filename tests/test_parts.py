@@ -399,7 +399,7 @@ def test_augmentations_have_a_fixed_order():
     assert kinds == ["RandomHorizontalFlip", "RandomApply", "RandomGrayscale", "RandomApply"]
 
 
-def test_augmentation_has_the_papers_strengths():
+def test_augmentation_has_the_released_strengths():
     """Crops of 0.2 to 0.766 of the area; gray in a fifth of the clips; flips in half."""
     crop, color = common.train_transform(byol.Config())
     flip, jitter, gray, blur = color.transforms

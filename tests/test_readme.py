@@ -19,7 +19,8 @@ from torchvision.transforms import v2
 import byol
 import common
 import moco
-from conftest import ROOT
+import swav
+from conftest import ROOT, arguments
 from demo_videos import demo_videos
 from table import AUGMENTS, BOOKS, METHODS, RESULTS, STUDY, cells, filled, log, seeds, tables
 from videos import make_video
@@ -189,6 +190,33 @@ def test_samplers_of_the_classroom(monkeypatch):
     times = assignment("playback speed").sample_clips(8, 4.0, 1.0, 2, math.inf, rng)
     assert times.shape == (2, 8) and times.min() >= 0 and times.max() <= 4
     assert {*np.round(np.diff(times)[:, 0] * 8, 6)} <= {1.0, 2.0}
+
+
+def test_multi_crop_is_swavs(monkeypatch, folder):
+    """The diff adds a small crop of each clip, of half the size and less area; the loss is the mean
+    cross entropy of all pairs of a full view's code and a small crop, by a loop."""
+    monkeypatch.setitem(sys.modules, "changed", type(sys)("changed"))
+    module = assignment("multi-crop")
+    shape = dict(frames=4, stride=2, size=16, short_side=(24, 24), batch_size=4)
+    for rho, V in ((1, 2), (3, 3)):
+        cfg = arguments(swav, rho=rho, data=str(folder), **shape)
+        dataset = module.MultiCrop(cfg, swav.sample_clips)
+        item = dataset[0, 1]
+        assert item["clips"].shape == (V, 3, 4, 16, 16)
+        assert item["small"].shape == (V, 3, 4, 8, 8)
+        assert dataset.crop.scale == cfg.crop_area and dataset.small.crop.scale == (0.05, 0.4)
+        assert torch.equal(item["clips"], common.VideoClips(cfg, swav.sample_clips)[0, 1]["clips"])
+    torch.manual_seed(0)
+    scores, codes = torch.randn(3, 4, 7), torch.randn(3, 4, 7).softmax(-1)
+    terms = [
+        -(codes[b, i] * (scores[b, j] / 0.1).log_softmax(-1)).sum()
+        for b in range(3)
+        for i in range(4)
+        for j in range(4)
+    ]
+    torch.testing.assert_close(
+        module.small_prediction(scores, codes, 0.1), torch.stack(terms).mean()
+    )
 
 
 def test_the_diffs_of_the_classroom():

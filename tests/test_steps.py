@@ -29,8 +29,12 @@ TOLERANCE = 1e-9  # relative to the largest number of a tensor
 SHARED = dict(batch_size=BATCH, epochs=2, warmup=0.375, lr=0.5, weight_decay=0.01)
 OWN = {
     "simclr": dict(projector=(16, 8), projector_bn=False, temperature=0.2),
-    "moco": dict(projector=(16, 8), temperature=0.2, queue=17, target_momentum=0.7),
-    "byol": dict(projector=(16, 8), predictor=(16, 8), target_momentum=0.7),
+    "moco": dict(
+        projector=(16, 8), temperature=0.2, queue=17, target_momentum=0.7, target_momentum_end=0.9
+    ),
+    "byol": dict(
+        projector=(16, 8), predictor=(16, 8), target_momentum=0.7, target_momentum_end=0.9
+    ),
     "swav": dict(
         projector=(16, 8),
         temperature=0.2,
@@ -183,11 +187,11 @@ class WithTarget(Learner):
         return V  # the sum over the V query clips, as in the released code
 
     def after_the_step(self):
-        """Weights are averaged, BN running statistics are not. The average slows down to a halt:
-        the momentum reaches 1 in the last step of the run."""
+        """Weights are averaged, BN running statistics are not. The average slows down: in the
+        last step of the run the momentum is the one of the end."""
         share = self.steps / (self.settings["epochs"] * STEPS_PER_EPOCH)
-        slower = (1 - self.settings["target_momentum"]) * (1 + math.cos(math.pi * share)) / 2
-        self.m = 1 - slower
+        start, end = self.settings["target_momentum"], self.settings["target_momentum_end"]
+        self.m = end - (end - start) * (1 + math.cos(math.pi * share)) / 2
         online = dict(self.encoder.named_parameters())
         for name, weight in self.target.named_parameters():
             weight.copy_(self.m * weight + (1 - self.m) * online[name])
