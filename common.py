@@ -289,8 +289,7 @@ class VideoReader(contextlib.AbstractContextManager):
         decoder.thread_count = 1
         self._second = float(1 / self._stream.time_base)  # in units of time stamps
         container = self._container.format.name
-        if decoder.name not in ("h264", "mpeg2video") or container in ("avi", "mpeg"):
-            self._sure = False
+        self._sure &= decoder.name in ("h264", "mpeg2video") and container not in ("avi", "mpeg")
         self._frames = self._decode()
         self._first = self._coming = next(self._frames, None)
 
@@ -891,7 +890,8 @@ def extract_features(network, test_clips, allow_missing=False, indices=None):
         if reason := item["bad"]:
             if not allow_missing:
                 fail(f"{reason}; --allow-missing leaves such videos out")
-            print(f"WARN left out: {reason}", flush=True)
+            if indices is None:  # else the training videos of kNN, which training names
+                print(f"WARN left out: {reason}", flush=True)
             continue
         clips = (item["clips"].to(device()) / 255 - MEAN) / STD
         more = [tensor.to(device()) for tensor in item.get("more", ())]
@@ -1110,7 +1110,7 @@ class Run:
                 self.diverge(f"weights are not finite after step {self.step}")
         settings = self.settings()
         last = {"model": model, "optimizer": self.optimizer.state_dict(), "cfg": settings}
-        last |= dict(step=self.step, bad_videos=self.bad_videos, log_bytes=self.log_bytes)
+        last |= {"step": self.step, "bad_videos": self.bad_videos, "log_bytes": self.log_bytes}
         config = settings | {"step": self.step, "finished": self.finished}
         backbone = {"state_dict": self.model.encoder.backbone.state_dict(), "config": config}
         write_file(self.out / "backbone.pth", functools.partial(torch.save, backbone))
