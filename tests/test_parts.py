@@ -222,6 +222,17 @@ def test_slow_networks_are_the_released_ones(name, blocks, entries):
     assert shapes == [(width, 4, side, side) for width, side in sides]
 
 
+def test_initial_weights():
+    """Convolutions: normal, of variance 2 / (outputs x pixels of the kernel) (released
+    weight_init_helper.py, lines 21-33)."""
+    torch.manual_seed(0)
+    for conv in common.backbone("slow_r50").modules():
+        if isinstance(conv, torch.nn.Conv3d) and conv.weight.numel() > 10_000:
+            outputs, _, *kernel = conv.weight.shape
+            std = (2 / (outputs * math.prod(kernel))) ** 0.5
+            assert conv.weight.std().item() == pytest.approx(std, rel=0.03)
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_new_backbone_is_one_line(script, monkeypatch, capsys):
     """What is added to BACKBONES is a value of --backbone, in --help, and what trains."""
@@ -577,9 +588,9 @@ def test_a_worker_and_the_device_finish_views_alike(folder, monkeypatch):
     on_cpu = common.VideoClips(cfg, byol.sample_clips, videos=made)
     monkeypatch.setattr(common, "device", lambda: torch.device("cuda"))
     on_gpu = common.VideoClips(cfg, byol.sample_clips, videos=made)
-    for index in range(4):
-        done, raw = on_cpu[1, index], on_gpu[1, index]
-        assert raw["clips"].dtype == torch.uint8 and raw["clips"].shape == (2, 4, 3, 16, 16)
-        clips = common.augment(raw["clips"], raw["seeds"], on_gpu.color)
-        assert torch.equal(clips, done["clips"])
-        assert torch.equal(raw["starts"], done["starts"])
+    done = torch.utils.data.default_collate([on_cpu[1, index] for index in range(4)])
+    raw = torch.utils.data.default_collate([on_gpu[1, index] for index in range(4)])
+    assert raw["clips"].dtype == torch.uint8 and raw["clips"].shape == (4, 2, 4, 3, 16, 16)
+    clips = common.augment(raw["clips"], raw["seeds"], on_gpu.color)
+    assert torch.equal(clips, done["clips"])
+    assert torch.equal(raw["starts"], done["starts"])
