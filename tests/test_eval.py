@@ -840,6 +840,17 @@ def test_knn_curve_is_the_same_after_a_resume(hard, tmp_path):
         assert curves[-1][-1][1] == pytest.approx(expected, rel=1e-4) and 0 < expected < 100
 
 
+def test_knn_leaves_training_alone(hard, tmp_path):
+    """Measured after every epoch or never: the same weights, statistics of BN too."""
+    argv = ["--data", str(hard / "train"), *SMALL, "--epochs", "3", "--out"]
+    files = []
+    for every in ("1", "0"):
+        byol.main([*argv, str(tmp_path / every), "--knn-every", every])
+        files.append(torch.load(tmp_path / every / "last.pth", weights_only=True)["model"])
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+
+
 class Still(torch.nn.BatchNorm3d):
     """BN by running statistics, which stay as they are."""
 
