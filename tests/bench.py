@@ -106,7 +106,8 @@ def moving_scene(counter, width, height):
 
 
 def encode(path, size, bits, seconds, gop):
-    options = {"preset": "medium", "b": str(bits), "x264-params": "threads=1"}
+    # crf -1: not the constant quality of make_video, but the bit rate
+    options = {"preset": "medium", "crf": "-1", "b": str(bits), "x264-params": "threads=1"}
     return make_video(
         path,
         n=seconds * FPS,
