@@ -358,15 +358,13 @@ class VideoReader(contextlib.AbstractContextManager):
                 after = self._stamps[bisect.bisect_right(self._stamps, packet.pts)]
                 wanted = any(packet.pts <= limit < after for limit in self._limits)
             self._stream.codec_context.skip_frame = "DEFAULT" if wanted else "NONREF"
-            try:
+            with contextlib.suppress(av.error.InvalidDataError):
                 for frame in packet.decode():
                     # a packet of an interlaced file may hold half a frame
                     if frame.pts not in self._stamps or frame.interlaced_frame:
                         self._sure = False
                     if frame.pts is not None:
                         yield frame
-            except av.error.InvalidDataError:
-                self._sure = False
 
     def _packets(self):
         """Yield packets; 20 are read ahead, as at most 16 are decoded before one shown earlier."""

@@ -242,17 +242,76 @@ def test_augmentation_on_a_gpu(name, monkeypatch):
         assert transfers.waits == []
 
 
-class FakeClips(torch.utils.data.Dataset):
-    """The test views of five videos, as a TestClips gives them."""
+def test_a_batch_is_received_without_waiting(monkeypatch):
+    """What the loader yields goes to the GPU and is augmented there; the seeds stay on the CPU."""
+    draw_outside(monkeypatch)
+    monkeypatch.setattr(common, "device", lambda: CUDA)
+    run = common.Run.__new__(common.Run)
+    run.bad_videos = []
+    run.dataset = mock.Mock(color=common.train_transform(arguments(byol))[1])
+    transfers = Transfers()
+    with FakeTensorMode():
+        batch = {
+            "clips": torch.empty(2, 3, 8, 3, 32, 32, dtype=torch.uint8),
+            "seeds": np.arange(6).reshape(2, 3),
+            "label": torch.empty(2, dtype=torch.long),
+            "starts": torch.empty(2, 3),
+            "bad": ["", ""],
+        }
+        with transfers:
+            batch = run.receive(batch)
+    assert batch.keys() == {"clips", "label", "starts"} and transfers.waits == []
+    assert all(tensor.device.type == "cuda" for tensor in batch.values())
+    assert batch["clips"].shape == (2, 3, 3, 8, 32, 32) and batch["clips"].dtype == torch.float32
 
-    def __init__(self, dataset):
-        self.dataset = dataset
+
+def test_the_stop_flag_is_shared_on_the_cpu(two_ranks, monkeypatch):
+    """A GPU would be waited for in each step."""
+    monkeypatch.setattr(common, "device", lambda: CUDA)
+    run = common.Run.__new__(common.Run)
+    run.cfg, run.knn_every, run.stop_asked = arguments(byol, log_every=1000), 0, False
+    run.step, run.steps_per_epoch, run.total, run.last = 0, 100, 100, 100
+    sent = []
+
+    def all_gather(parts, x):
+        sent.append(x)
+        for part in parts:
+            part.copy_(x)
+
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+    assert run.after_step() is False
+    assert [x.device.type for x in sent] == ["cpu"]
+
+
+def backend_of_a_gpu(out):
+    """What init_distributed asks torch for on two ranks with GPUs, and what it asks of a GPU."""
+    asked = []
+    os.environ.update(WORLD_SIZE="2", RANK="0")
+    common.device = lambda: CUDA
+    torch.cuda.set_device = lambda _: None
+    torch.cuda.is_bf16_supported = yes
+    dist.init_process_group = asked.append
+    common.init_distributed(arguments(byol, out=out))
+    return asked
+
+
+def test_gpus_have_a_backend_for_the_cpu_too(tmp_path):
+    """NCCL for tensors on GPUs; gloo for the stop flag, losses and Python objects."""
+    assert run_ranks(1, backend_of_a_gpu, str(tmp_path)) == [["cpu:gloo,cuda:nccl"]]
+
+
+class FakeClips(torch.utils.data.Dataset):
+    """The test views of five videos, as a TestClips gives them; more: other inputs (boxes)."""
+
+    def __init__(self, dataset, more=()):
+        self.dataset, self.more = dataset, more
 
     def __len__(self):
         return 5
 
     def __getitem__(self, i):
-        return {"clips": torch.empty(2, 3, 4, 16, 16, dtype=torch.uint8), "index": i, "bad": ""}
+        clips = torch.empty(2, 3, 4, 16, 16, dtype=torch.uint8)
+        return {"clips": clips, "index": i, "bad": "", "more": self.more}
 
 
 def one_by_one(dataset, **_):
@@ -267,12 +326,14 @@ def test_evaluation_on_a_gpu(gpu, monkeypatch):
     probe = move(gpu.mode, eval_linear.Probe(cfg, classes=7)).eval()
     seen = []
 
-    def backbone(views):
+    def backbone(views, boxes):
+        assert boxes.device.type == "cuda"
         seen.append(views)
         return probe.encoder.backbone(views)
 
     with gpu.mode:
-        features, indices = common.extract_features(backbone, FakeClips(dataset))
+        clips = FakeClips(dataset, more=[torch.empty(3, 5)])
+        features, indices = common.extract_features(backbone, clips)
         scores, _ = common.extract_features(probe.softmax, FakeClips(dataset))
     assert all(views.device.type == "cuda" and views.dtype == torch.float32 for views in seen)
     assert features.shape == (5, 2, 64) and scores.shape == (5, 7)
@@ -339,7 +400,11 @@ def test_no_workers_means_one_thread(tmp_path, monkeypatch):
 def test_a_warning_without_bfloat16(bf16, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(common, "device", lambda: CUDA)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
+
+    def is_bf16_supported(including_emulation=True):
+        return bf16 or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
     cfg = arguments(byol, out=str(tmp_path))
     common.init_distributed(cfg)
     assert ("WARN this GPU lacks bfloat16" in capfd.readouterr().out) == (not bf16)
