@@ -307,12 +307,13 @@ def compute():
     rows = []
     for m in log("compute"):
         if "saved_gib" in m:
-            memory = f"{m['saved_gib']:.1f}", f"{m['total_gib']:.1f}"
+            parts = "parameters", "gradients", "optimizer", "target_and_buffers", "saved", "total"
+            memory = [f"{m[f'{part}_gib']:.2f}" for part in parts]
             low = "yes" if m["low_memory"] else "no"
             numbers = f"{m['step_tflop']:.1f}", f"{m['hours']:.1f}"
             rows.append([METHODS[m["method"]], m["rho"], low, *memory, *numbers])
-    heads = "", "rho", "--low-memory", "saved for backward, GiB", "total, GiB"
-    return markdown([*heads, "TFLOP a step", "hours"], rows)
+    heads = "|rho|--low-memory|weights|gradients|optimizer|target|saved|total|TFLOP a step|hours"
+    return markdown(heads.split("|"), rows)
 
 
 def rebuild():
