@@ -39,7 +39,7 @@ EPOCHS = {  # epochs -> the same; rho 2
 }
 
 # Assignment | run | stem of its files.
-CLASSROOM = """1 | BYOL | byol-rho2-seed0
+CLASSROOM = """1 | BYOL | class-byol-rho2
 1 | no predictor | class-nopredictor
 1 | no stop-gradient | class-nostopgrad
 2 | SimCLR, temperature 0.05 | class-temp005
@@ -64,11 +64,11 @@ CLASSROOM = """1 | BYOL | byol-rho2-seed0
 6 | four scenes, rho 2 | class-simclr-rho2
 7 | SwAV | class-swav-rho2
 7 | no balance | class-sinkhorn0
-8 | BYOL | byol-rho2-seed0
+8 | BYOL | class-byol-rho2
 8 | SimSiam | class-simsiam
 9 | MoCo, rho 4, one softmax for each positive | class-moco-rho4
 9 | MoCo, rho 4, eq. (1) | class-eq1
-10 | BYOL, momentum 0.9 to 1 | byol-rho2-seed0
+10 | BYOL, momentum 0.9 to 1 | class-byol-rho2
 10 | 0.9, constant | class-constant09
 10 | 0.99, constant | class-constant099
 11 | SimCLR, gap of 0.5 s | class-gap
@@ -172,6 +172,7 @@ def demo():
         f"{method}-rho{{}}-80epochs": f"{name}, 80 epochs" for method, name in METHODS.items()
     }
     others["swav-queue-rho{}"] = "SwAV with a feature queue"
+    others["swav-again-rho{}"] = "SwAV without it, on the same machine"
     for pattern, name in others.items():
         found = [seeds(f"{pattern.format(rho)}-seed?", kind) for rho in RHOS for kind in kinds]
         if any(found):
