@@ -969,3 +969,46 @@ def test_probe_with_every_optimizer(mode, argv, tmp_path):
         flags += ["--out", str(tmp_path / optimizer)]
         eval_linear.main([*argv, *flags])
         assert result_of(flags)["n"] == 7
+
+
+def test_test_clips_of_a_video_that_is_shorter(tmp_path):
+    """Clips that begin before a video that is shorter than they are."""
+    path = make_video(tmp_path / "a.mp4", n=6, size=(48, 36))
+    cfg = arguments(eval_linear, frames=4, stride=4, size=16)
+    videos = common.VideoClips(cfg, None, videos=([str(path)], [""]))
+    one, two, three = common.TestClips(videos, 3)[0]["clips"]
+    assert torch.equal(one, two) and torch.equal(one, three)
+
+
+def test_weights_saved_from_ddp(tmp_path):
+    """Names that begin with module., as a network in DDP has them."""
+    theirs, ours = scrambled(common.backbone("tiny")), common.backbone("tiny")
+    state = {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}
+    torch.save({"state_dict": state}, tmp_path / "w.pth")
+    assert eval_linear.load_weights(ours, tmp_path / "w.pth") == 30
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, theirs.state_dict()[name]), name
+
+
+def test_a_probe_is_not_called_collapsed(argv, capfd):
+    """Words about pre-training, where features are those of another run."""
+    flags = "--no-cached --test-clips 1 --log-every 1 --warmup 0 --lr 1e-6"
+    eval_linear.main([*argv, *flags.split()])
+    out = capfd.readouterr().out
+    assert "collapsed" not in out and "stays at chance" not in out
+
+
+def test_the_studys_probe():
+    """Another recipe than that of the protocol, where no flag is given."""
+    cfg = eval_linear.Config()
+    assert (cfg.epochs, cfg.batch_size, cfg.lr, cfg.warmup) == (60, 64, 0.5, 8 / 60)
+    assert (cfg.weight_decay, cfg.optimizer, cfg.test_clips, cfg.test_crops) == (0, "sgd", 10, 3)
+
+
+def test_extracted_features_are_means_of_the_views(argv, tmp_path):
+    """--extract with --cached (and so in the demo): the features of one view of four."""
+    found = []
+    for mode in ("--cached", "--no-cached"):
+        eval_linear.main([*argv, mode, "--extract", str(tmp_path / "f.npz")])
+        found.append(np.load(tmp_path / "f.npz")["features"])
+    np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-6)

@@ -781,3 +781,77 @@ def test_scores_are_exact_under_autocast(kind):
         scores = model(torch.randn(1, 1, 3, 4, 32, 32), boxes)[1].flatten()
     assert scores.dtype == torch.float32
     assert (scores.bfloat16().float() != scores).float().mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    "words, share",
+    [("ssv2", 0.19 / 22), ("charades", 5 / 60), ("charades --recipe released", 4 / 57)],
+)
+def test_warm_ups_are_shares_of_the_run(words, share):
+    """Epochs of warm-up taken for a share, or the other way round."""
+    assert parsed(f"--data x --dataset {words}").warmup == share
+
+
+def test_a_cut_of_a_quarter_of_an_hour(tmp_path):
+    """The official cuts, seconds 900 to 1800 of a film, taken for whole films."""
+    path = make_video(tmp_path / "cut.mp4", n=905, fps=1, size=(48, 32), codec="mpeg4")
+    cfg = settings(dataset="ava", frames=2, stride=30)
+    dataset = finetune.AVA(cfg, [str(path)], [key_frame(902, {(0.1, 0.1, 0.9, 0.9): [5]})])
+    clip = dataset.whole(0, 32)[0].permute(0, 2, 3, 1).numpy()
+    assert read_counters(clip) == [1, 2]
+
+
+def test_ava_scores_beside_a_missing_video(ava, argv, tmp_path):
+    """The notes of the first key frames, of a film that is missing, taken for those of others."""
+    for path in ava.iterdir():
+        if path.name != "clips":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "clips").mkdir()
+    for path in (ava / "clips").iterdir():
+        if "-e" not in path.name:
+            (tmp_path / "clips" / path.name).symlink_to(path)
+    match = finetune.match_detections
+    with mock.patch.object(finetune, "match_detections", wraps=match) as called:
+        flags = [*argv, "--dataset", "ava", "--data", str(tmp_path), *AVA, "--epochs", "1"]
+        finetune.main([*flags, "--allow-missing"])
+    notes = listed(settings(dataset="ava", data=str(ava)), "test")
+    expected = [labels for name, (*_, labels) in notes if "-f" in name]
+    frames = called.call_args.args[0]
+    assert all((frame[3] == one).all() for frame, one in zip(frames, expected, strict=True))
+
+
+def test_charades_targets_beside_a_missing_video(charades, argv, tmp_path):
+    """The actions of the first video, which is missing, taken for those of the second."""
+    for path in charades.rglob("*"):
+        if path.is_file() and "V0050" not in path.name:
+            (tmp_path / path.name).symlink_to(path)
+    precision = finetune.mean_precision
+    with mock.patch.object(finetune, "mean_precision", wraps=precision) as called:
+        flags = [*argv, "--dataset", "charades", "--data", str(tmp_path), "--epochs", "1"]
+        finetune.main([*flags, "--allow-missing"])
+    cfg = settings(dataset="charades", data=str(charades))
+    expected = [{action for action, *_ in actions} for _, actions in listed(cfg, "test")[1:]]
+    assert [{*row.nonzero()[0].tolist()} for row in called.call_args.args[2]] == expected
+
+
+def test_official_classes_are_numbered_as_in_training(ucf101, argv, tmp_path):
+    """Classes of the test videos numbered anew, where one of them is not tested."""
+    for path in ucf101.rglob("*"):
+        if path.is_file():
+            place = tmp_path / "data" / path.relative_to(ucf101)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.symlink_to(path)
+    tested = next((tmp_path / "data").rglob("testlist01.txt"))
+    rows = [row for row in tested.read_text().splitlines() if "LightUp" in row]
+    tested.unlink()
+    tested.write_text("\n".join(rows))
+    finetune.main([*argv, "--data", str(tmp_path / "data")])
+    assert result_of(argv)["per_class"] == {"LightUp": 100} and result_of(argv)["classes"] == 2
+
+
+def test_dropout_comes_before_the_classifier(argv):
+    """Scores that are dropped, instead of features: then a class would be missing at random."""
+    model = finetune.Classifier(settings(backbone="tiny", dropout=1.0), 5).train()
+    torch.nn.init.ones_(model.encoder.linear.bias)
+    _, scores = model(torch.randn(2, 1, 3, 4, 16, 16))
+    assert (scores == 1).all()

@@ -4,6 +4,7 @@ Losses normalise their inputs themselves; the keys of MoCo's queue have unit len
 """
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -222,3 +223,12 @@ def test_lightly_agrees():
     torch.testing.assert_close(codes[:, 0], lightly_sinkhorn(scores[:, 0], 3, 0.05))
     expected = SwaVLoss(0.1, 3, 0.05)([scores[:, 0], scores[:, 1]], []).squeeze()
     torch.testing.assert_close(swav.swapped_prediction(scores, codes, 0.1), expected)
+
+
+def test_the_flags_of_sinkhorn(small, monkeypatch):
+    """--epsilon and --sinkhorn-iterations that are not heard."""
+    called = mock.Mock(wraps=swav.sinkhorn)
+    monkeypatch.setattr(swav, "sinkhorn", called)
+    flags = "--epsilon 0.07 --sinkhorn-iterations 2 --max-steps 1"
+    swav.main([*small, *flags.split()])
+    assert {call.args[1:] for call in called.call_args_list} == {(0.07, 2)}

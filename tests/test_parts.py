@@ -594,3 +594,18 @@ def test_a_worker_and_the_device_finish_views_alike(folder, monkeypatch):
     clips = common.augment(raw["clips"], raw["seeds"], on_gpu.color)
     assert torch.equal(clips, done["clips"])
     assert torch.equal(raw["starts"], done["starts"])
+
+
+def test_operators_have_their_parameters():
+    """A blur that is cut off, crops of other shapes, another tint."""
+    crop, color = transforms("crop,blur,tint", crop_area=(0.2, 0.766))
+    (gauss,), (gray, jitter) = (part.transforms for part in color.transforms)
+    assert tuple(crop.ratio) == (3 / 4, 4 / 3) and tuple(gauss.kernel_size) == (13, 13)
+    assert gray.p == 0.2 and tuple(jitter.hue) == pytest.approx((-0.1, 0.1))
+    for values in (jitter.brightness, jitter.contrast, jitter.saturation):
+        assert tuple(values) == pytest.approx((0.6, 1.4))
+
+
+def test_the_methods_own_numbers():
+    """Another recipe than the released one, where no flag is given."""
+    assert (byol.Config().target_momentum, moco.Config().target_momentum) == (0.996, 0.994)

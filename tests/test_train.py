@@ -637,3 +637,109 @@ def test_a_network_without_bn(small, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "mlp", lambda widths, bn: torch.nn.Linear(widths[0], widths[-1]))
     run("byol", [*small, "--low-memory"])
     assert log_of(tmp_path / "out")[-1]["step"] == 4
+
+
+def test_a_warning_needs_lines_in_a_row(small, monkeypatch, capfd):
+    """Two lines that look collapsed and one that does not, again and again: nothing is said."""
+    record, calls = common.Run.record, []
+
+    def recorded(run, loss, features, **numbers):
+        calls.append(1)
+        record(run, loss, SAME if len(calls) % 3 else SPREAD, **numbers)
+
+    monkeypatch.setattr(common.Run, "record", recorded)
+    flags = "--epochs 9 --max-steps 12 --log-every 1 --knn-every 0 --warmup 0"
+    run("byol", [*small, *flags.split()])
+    assert len(calls) == 12 and "collapsed" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("spread, said", [(0.1, True), (0.3, False)])
+def test_collapsed_is_below_a_fifth(spread, said, small, tmp_path, monkeypatch, capfd):
+    """Features that are nearly the same are collapsed, too."""
+    found = diagnosed(small, monkeypatch, capfd, 1 + spread * SPREAD, steps=4)
+    assert log_of(tmp_path / "out")[-1]["feature_std"] == pytest.approx(spread, rel=0.1)
+    assert any("collapsed" in line for line in found) == said
+
+
+@pytest.mark.parametrize("change", ["--epochs 3", "--weight-decay 0.5", "--warmup 0.5"])
+def test_a_changed_schedule_does_not_resume(change, small, capfd):
+    """Another length or decay continued as if it were the same run."""
+    run("byol", [*small, "--max-steps", "1"])
+    assert change.split()[0] in refused([*small, *change.split()], capfd)
+
+
+def test_what_may_change_in_a_resume(small, tmp_path):
+    """What is no part of the recipe refused."""
+    run("byol", [*small, "--max-steps", "1"])
+    free = "--low-memory --knn-every 7 --log-every 3 --workers 1 --max-steps 2"
+    run("byol", [*small, *free.split()])
+    assert last_of(tmp_path / "out")["step"] == 2
+
+
+def test_bad_videos_and_knn(folder, small, tmp_path):
+    """A labelled video that cannot be read ends the run at its kNN, or shifts the labels."""
+    root = tmp_path / "data"
+    for path in folder.rglob("*.mp4"):
+        place = root / path.parent.name
+        place.mkdir(parents=True, exist_ok=True)
+        (place / path.name).symlink_to(path)
+    (root / "even/00a.mp4").write_text("no video")
+    run("byol", [*small, "--data", str(root), "--knn-every", "1"])
+    assert 0 <= log_of(tmp_path / "out")[-1]["knn_top1"] <= 100
+
+
+def test_the_seed_of_the_weights(small):
+    """Another --seed begins with the same weights."""
+    starts = []
+    for seed in ("0", "1", "1"):
+        common.init_distributed(common.parse_args(byol.Config, byol.DEMO, [*small, "--seed", seed]))
+        starts.append(common.backbone("tiny")[0][0].weight)
+    assert torch.equal(*starts[1:]) and not torch.equal(*starts[:2])
+
+
+def test_a_kill_between_the_two_files(small, tmp_path, monkeypatch):
+    """A backbone.pth of an earlier step beside a finished last.pth: nothing would renew it."""
+    write, paths = common.write_file, []
+
+    def killed(path, save):
+        paths.append(path)
+        if len(paths) == 4:
+            raise InterruptedError
+        write(path, save)
+
+    monkeypatch.setattr(common, "write_file", killed)
+    with pytest.raises(InterruptedError):
+        run("byol", small)
+    monkeypatch.undo()
+    run("byol", small)
+    saved = torch.load(tmp_path / "out/backbone.pth", weights_only=True)
+    assert (saved["config"]["step"], saved["config"]["finished"]) == (4, True)
+
+
+def test_knn_of_the_labelled_videos(folder, small, tmp_path):
+    """Videos without a label among those of the kNN."""
+    rows = [f"{path}\t{path.parent.name}" for path in sorted(folder.rglob("*.mp4"))]
+    rows[2] = rows[2].split("\t")[0]
+    (tmp_path / "list.txt").write_text("\n".join(rows))
+    run("byol", [*small, "--data", str(tmp_path / "list.txt"), "--knn-every", "1"])
+    assert 0 <= log_of(tmp_path / "out")[-1]["knn_top1"] <= 100
+
+
+def test_epochs_are_counted_in_parts(small, tmp_path):
+    """Whole epochs in the log, and for --freeze-prototypes 0.5."""
+    run("byol", [*small, "--log-every", "1"])
+    assert [line["epoch"] for line in log_of(tmp_path / "out")] == [0.5, 1, 1.5, 2]
+
+
+def test_random_numbers_of_a_step_are_the_seeds(small, monkeypatch):
+    """Dropout that is the same whatever --seed says."""
+    record, drawn = common.Run.record, []
+
+    def recorded(*args, **numbers):
+        drawn.append(torch.rand(1).item())
+        record(*args, **numbers)
+
+    monkeypatch.setattr(common.Run, "record", recorded)
+    for seed in ("0", "1"):
+        run("byol", [*small, "--max-steps", "2", "--seed", seed, "--out", f"{small[3]}{seed}"])
+    assert len(set(drawn)) == 4
