@@ -173,7 +173,7 @@ def main(argv=None):
     balanced = cfg.batch_size + cfg.feature_queue  # features of a view that codes are balanced over
     if cfg.prototypes > balanced and cfg.freeze_prototypes < cfg.epochs:
         words = f"{cfg.prototypes} prototypes share {balanced} features a view"
-        common.print_main(f"WARN {words}: a larger --batch-size or --feature-queue may help")
+        common.print_main(f"WARN {words}: try fewer, a larger --batch-size, or --feature-queue")
     for batch in run.batches():  # sets the lr, logs, saves, resumes; ends at a NaN in the log
         with common.autocast():
             z, scores = network(batch["clips"])  # (B, V, D), (B, V, K), float32
