@@ -19,6 +19,9 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 # Children are forked, because importing torch takes seconds: no thread pool may exist by then.
 torch.set_num_threads(1)
+# Autograd starts a thread for each device at its first backward pass, which must not come where a
+# test pretends that there is a GPU.
+torch.ones((), requires_grad=True).backward()
 
 METHODS = ["simclr", "moco", "byol", "swav"]
 SMALL = """--small --backbone tiny --frames 4 --stride 4 --size 16 --batch-size 6 --epochs 2
