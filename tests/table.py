@@ -62,7 +62,7 @@ CLASSROOM = """1 | BYOL | class-byol-rho2
 6 | one scene, random weights | class-scenes1-random
 6 | four scenes, rho 1 | class-simclr-rho1
 6 | four scenes, rho 2 | class-simclr-rho2
-7 | SwAV | class-swav-rho2
+7 | SwAV | swav-again-rho2-seed0
 7 | no balance | class-sinkhorn0
 8 | BYOL | class-byol-rho2
 8 | SimSiam | class-simsiam
@@ -73,7 +73,7 @@ CLASSROOM = """1 | BYOL | class-byol-rho2
 10 | 0.99, constant | class-constant099
 11 | SimCLR, gap of 0.5 s | class-gap
 12 | playback speed alone | class-speed
-13 | SwAV | class-swav-rho2
+13 | SwAV | swav-again-rho2-seed0
 13 | SwAV with multi-crop | class-multicrop
 14 | SimCLR, i.i.d. clips | class-simclr-rho2
 14 | SimCLR, CVRL's sampler | class-cvrl"""

@@ -849,7 +849,7 @@ def test_official_classes_are_numbered_as_in_training(ucf101, argv, tmp_path):
     assert result_of(argv)["per_class"] == {"LightUp": 100} and result_of(argv)["classes"] == 2
 
 
-def test_dropout_comes_before_the_classifier(argv):
+def test_dropout_comes_before_the_classifier():
     """Scores that are dropped, instead of features: then a class would be missing at random."""
     model = finetune.Classifier(settings(backbone="tiny", dropout=1.0), 5).train()
     torch.nn.init.ones_(model.encoder.linear.bias)
